@@ -1,0 +1,1 @@
+"""From a fine-tuned checkpoint to an artifact and back."""

@@ -1,0 +1,1 @@
+"""The artifact: how parts are encoded into one file and decoded from it."""

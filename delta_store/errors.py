@@ -1,0 +1,133 @@
+"""Everything that can go wrong for a reason the user can act on.
+
+DeltaServeError
+├── CheckpointError            a checkpoint or adapter folder cannot be used
+│   ├── UnsafeCheckpoint       it needs a pickle that the safe loader refuses
+│   ├── MissingTensors         tensors or shards that must be there are not
+│   └── UnsupportedCheckpoint  it asks for something deltaserve does not do, named in the message
+├── ArtifactError              an artifact cannot be used
+│   ├── CorruptArtifact        damaged, cut short, or not an artifact
+│   ├── UnsupportedArtifact    a format version, part or codec this version does not know
+│   ├── BaseMismatch           made for another base
+│   └── ProfileMissing         its activation profile is not in the store
+├── OptionError                an option's value is unknown or out of range
+├── RegistryError
+│   ├── VariantNotFound
+│   ├── InvalidName
+│   └── RegistryUnavailable    the registry's server or file does not answer
+├── UploadError
+│   ├── UploadTooLarge
+│   └── UploadIncomplete
+└── EngineError
+    ├── RequestRefused         this request can never run here (``param`` names the field)
+    ├── ContextTooLong         prompt and answer exceed the context
+    ├── QueueFull              try again later
+    ├── GenerationFailed       the request started and could not be finished
+    └── EngineDown             the generation thread is not running
+
+Messages say what was wrong, with the value and the limit, and what to do. ``server/api/errors.py`` maps each to HTTP.
+"""
+
+
+class DeltaServeError(Exception):
+    """A failure with a message meant for the user."""
+
+
+class CheckpointError(DeltaServeError):
+    """A checkpoint or adapter folder cannot be used."""
+
+
+class UnsafeCheckpoint(CheckpointError):
+    """A pickle that the safe loader refuses."""
+
+
+class MissingTensors(CheckpointError):
+    """Tensors or shards that must be there are not."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """A checkpoint that asks for something deltaserve does not do."""
+
+
+class ArtifactError(DeltaServeError):
+    """An artifact cannot be used."""
+
+
+class CorruptArtifact(ArtifactError):
+    """Damaged, cut short, or not an artifact at all."""
+
+
+class UnsupportedArtifact(ArtifactError):
+    """A format version, part or codec that this version does not know."""
+
+
+class BaseMismatch(ArtifactError):
+    """The artifact was made for another base."""
+
+
+class ProfileMissing(ArtifactError):
+    """The activation profile that the artifact's masks were drawn from is not in the store."""
+
+    def __init__(self, message: str, digest: str) -> None:
+        super().__init__(message)
+        self.digest = digest
+
+
+class OptionError(DeltaServeError):
+    """An option's value is unknown or out of range."""
+
+
+class RegistryError(DeltaServeError):
+    """The registry refused or failed."""
+
+
+class VariantNotFound(RegistryError):
+    """No variant of this name."""
+
+
+class InvalidName(RegistryError):
+    """A name that no variant can have."""
+
+
+class RegistryUnavailable(RegistryError):
+    """The registry's server or file does not answer."""
+
+
+class UploadError(DeltaServeError):
+    """An upload was refused; nothing of it is kept."""
+
+
+class UploadTooLarge(UploadError):
+    """More bytes than the limit allows."""
+
+
+class UploadIncomplete(UploadError):
+    """The body ended early, or did not match its announced length or checksum."""
+
+
+class EngineError(DeltaServeError):
+    """A request was not or will not be answered."""
+
+
+class RequestRefused(EngineError):
+    """A request that can never run here; ``param`` names the offending field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextTooLong(RequestRefused):
+    """Prompt and answer exceed the context."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may; try again later."""
+
+
+class GenerationFailed(EngineError):
+    """The request started and could not be finished."""
+
+
+class EngineDown(EngineError):
+    """The generation thread is not running."""

@@ -1,0 +1,1 @@
+"""Delta-parameter pruning: which of a delta's numbers are kept."""

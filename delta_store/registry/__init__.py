@@ -1,0 +1,1 @@
+"""Which variants exist and which version each name points at."""

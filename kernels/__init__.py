@@ -1,0 +1,1 @@
+"""The operations that apply deltas: ``reference`` is their meaning, ``dispatch`` chooses who runs them."""

@@ -1,0 +1,1 @@
+"""``deltaserve bench``: latency of any OpenAI server under a mix of variants."""

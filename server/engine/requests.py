@@ -1,0 +1,58 @@
+"""What goes into the engine and what comes out: free of HTTP and of the batching library."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request's tokens are chosen. The HTTP layer has checked every range before it builds one.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 keep everything. ``seed`` None draws a fresh one. ``logprobs``
+    None returns none, n >= 0 returns the chosen token's and the n most likely ones', of the model's own distribution
+    (before temperature and filters).
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable artifact of a variant: ``path`` is the artifact on this machine, ``digest`` its SHA-256 in hex."""
+
+    variant: str
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. ``logprob`` (nats, at most 0) and ``top`` [(token id, logprob)] are there if asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a request that was not failed. An end-of-sequence token is not delivered as a ``Token``."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
