@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from deltaserve.kernels import reference
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
+from torch import Tensor
 
 
 class Prepared(Protocol):

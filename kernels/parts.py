@@ -13,8 +13,8 @@ from torch import Tensor
 class Codes:
     """Packed values with shared scales; ``codes.decode`` gives them back as float32 of ``shape``.
 
-    ``data`` is bfloat16 or float32 ``[n]`` for the codecs of those names, else uint8 bytes. ``scales`` is bfloat16, one for
-    each run of ``group`` consecutive values, and empty for the float codecs.
+    ``data`` is bfloat16 or float32 ``[n]`` for the codecs of those names, else uint8 bytes. ``scales`` is bfloat16, one
+    for each run of ``group`` consecutive values, and empty for the float codecs.
     """
 
     codec: str
@@ -29,9 +29,9 @@ class Sparse:
     """Blocks of ``V`` consecutive rows; the rows of a block share ``K`` kept columns.
 
     ``columns`` int32 ``[blocks, K]``, ascending in a block, ``blocks = ceil(out / V)``; ``values`` has shape
-    ``(blocks, K, V)``, and what it holds for rows beyond ``out`` means nothing. ``factors`` float32 ``[in]`` multiplies each
-    survivor by the number at its column: ``1 / (1 - p)`` everywhere for DARE, the inverse inclusion probability for
-    weighted drop.
+    ``(blocks, K, V)``, and what it holds for rows beyond ``out`` means nothing. ``factors`` float32 ``[in]`` multiplies
+    each survivor by the number at its column: ``1 / (1 - p)`` everywhere for DARE, the inverse inclusion probability
+    for weighted drop.
     """
 
     shape: tuple[int, int]
@@ -61,8 +61,8 @@ class Dense:
 class Rows:
     """Whole rows: row ``ids[i]`` holds ``values[i]``, every other row below ``mean_rows`` holds ``mean``.
 
-    ``ids`` int64 ``[n]`` ascending; ``values`` of shape ``(n, in)``; ``mean`` float32 ``[in]`` or None. Rows of an added
-    vocabulary are rows at or beyond ``mean_rows`` (the base's row count): there the base's row counts as zero.
+    ``ids`` int64 ``[n]`` ascending; ``values`` of shape ``(n, in)``; ``mean`` float32 ``[in]`` or None. Rows of an
+    added vocabulary are rows at or beyond ``mean_rows`` (the base's row count): there the base's row counts as zero.
     """
 
     shape: tuple[int, int]

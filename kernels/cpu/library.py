@@ -17,9 +17,13 @@ def library() -> ctypes.CDLL:
     folder = files("deltaserve.kernels.cpu")
     found = [Path(str(entry)) for entry in folder.iterdir() if entry.name.startswith("libdeltaserve_cpu.")]
     if not found:
-        raise RuntimeError("The compiled CPU kernels are missing from this installation; run: pip install --force-reinstall .")
+        raise RuntimeError(
+            "The compiled CPU kernels are missing from this installation; run: pip install --force-reinstall ."
+        )
     loaded = ctypes.CDLL(str(found[0]))
     version = loaded.deltaserve_abi_version()
     if version != ABI_VERSION:
-        raise RuntimeError(f"{found[0].name} has interface {version}, this code needs {ABI_VERSION}; reinstall deltaserve")
+        raise RuntimeError(
+            f"{found[0].name} has interface {version}, this code needs {ABI_VERSION}; reinstall deltaserve"
+        )
     return loaded
