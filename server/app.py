@@ -1,0 +1,73 @@
+"""The application: what lives as long as the server does, and which routes it has."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from deltaserve.delta_store.blobs import BlobStore
+from deltaserve.delta_store.registry.sqlite import SqliteRegistry
+from deltaserve.server.api import chat, completions, errors, models, operations, profiles, variants
+from deltaserve.server.settings import Settings
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.engine import Engine
+
+
+def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
+    """The server as an ASGI application; ``engine`` None builds one from the settings at start-up.
+
+    While it runs, ``app.state`` has ``settings``, ``engine`` (started), ``registry``, ``blobs`` (artifacts) and
+    ``profiles`` (activation profiles, a BlobStore of their own that nothing is removed from).
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.blobs = BlobStore(settings.folder / "blobs")
+        app.state.profiles = BlobStore(settings.folder / "profiles")
+        app.state.registry = SqliteRegistry(settings.folder / "registry.sqlite3")
+        app.state.blobs.sweep(app.state.registry.digests)
+        app.state.engine = engine or await run_in_threadpool(load_engine, settings, app.state.profiles)
+        app.state.engine.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(app.state.engine.stop)
+            app.state.registry.close()
+
+    app = FastAPI(title="deltaserve", version=installed_version(), lifespan=lifespan)
+    app.state.settings = settings
+    errors.install(app)
+    for module in (chat, completions, models, operations, profiles, variants):
+        app.include_router(module.router)
+    return app
+
+
+def load_engine(settings: Settings, profiles: BlobStore) -> "Engine":
+    """The engine with the base loaded, not started."""
+    from deltaserve.server.engine.engine import Engine, EngineLimits
+
+    limits = EngineLimits(
+        dtype=settings.dtype,
+        backend=settings.backend,
+        bank_bytes=settings.bank_bytes,
+        bank_slots=settings.bank_slots,
+        cache_tokens=settings.cache_tokens,
+        context=settings.context,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        batch_tokens=settings.batch_tokens,
+        threads=settings.threads,
+    )
+    return Engine(settings.base, limits=limits, profile_path=profiles.path)
+
+
+def installed_version() -> str:
+    """The version of the installed package, or ``0+checkout`` where only the source tree is there."""
+    try:
+        return version("deltaserve")
+    except PackageNotFoundError:
+        return "0+checkout"
