@@ -1,11 +1,11 @@
 """Files named by the SHA-256 of their bytes, on local disk, shared by every process that opens the same folder.
 
-``<root>/<digest>`` is a whole blob: it got its name by rename, after it was synced. ``<root>/incoming/<random>/`` is the
-workspace of one write under way. Both are guarded by advisory file locks, which end with their process:
+``<root>/<digest>`` is a whole blob: it got its name by rename, after it was synced. ``<root>/incoming/<random>/`` is
+the workspace of one write under way. Both are guarded by advisory file locks, which end with their process:
 
 - a workspace is locked as long as it is in use, so that opening the store can clear what a crash left;
-- a blob is held (shared lock) while it is being registered and while a request needs it. ``sweep`` removes a blob only if
-  nobody holds it and no version needs it; one that was held is removed by a later sweep.
+- a blob is held (shared lock) while it is being registered and while a request needs it. ``sweep`` removes a blob only
+  if nobody holds it and no version needs it; one that was held is removed by a later sweep.
 """
 
 import fcntl
@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from deltaserve.delta_store.errors import CorruptArtifact, OptionError
 
@@ -122,9 +121,7 @@ class HashingFile:
     def __enter__(self) -> "HashingFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
 

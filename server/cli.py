@@ -5,9 +5,8 @@ from importlib.util import find_spec
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
 from deltaserve.delta_store.errors import DeltaServeError
+from rich.console import Console
 
 COMMANDS = ("compress", "inspect", "merge", "serve", "push", "list", "remove", "bench")
 

@@ -1,13 +1,12 @@
-"""Every setting of a server: one frozen class, read from ``DELTASERVE_*`` variables and flags, documented in docs/settings.md."""
+"""Every setting of a server: one frozen class, read from ``DELTASERVE_*`` variables and flags (docs/settings.md)."""
 
 import os
 from pathlib import Path
 from typing import Any, Literal
 
+from deltaserve.delta_store.errors import OptionError
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
-
-from deltaserve.delta_store.errors import OptionError
 
 PREFIX = "DELTASERVE_"
 
@@ -17,36 +16,30 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    base: str = Field(
-        min_length=1, description="Base model: a folder, a GGUF file, or org/name where a hub is in reach"
-    )
+    base: str = Field(min_length=1, description="Base model: a folder, a GGUF file, or org/name with a hub in reach")
     store: Path = Field(Path("~/.local/share/deltaserve"), description="Folder of registry, artifacts and profiles")
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     served_name: str | None = Field(None, description="Model id of the base; the last part of its path if not given")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Number format of the resident base"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Number format of the loaded base")
     backend: str = Field("auto", description="Kernel backend; auto takes the fastest one here")
     max_upload_bytes: PositiveInt = Field(4 * 2**30, description="Largest body of an upload, in bytes")
     max_upload_parts: PositiveInt = Field(32, description="Most parts of a multipart upload")
-    upload_idle_seconds: PositiveFloat = Field(
-        30.0, description="An upload that sends nothing for this long is refused"
-    )
+    upload_idle_seconds: PositiveFloat = Field(30.0, description="Longest pause of an upload before it is refused")
     bank_bytes: PositiveInt = Field(2**30, description="Memory for the decoded deltas of loaded variants, in bytes")
     bank_slots: PositiveInt = Field(64, description="Most variants in memory at once")
     cache_tokens: PositiveInt = Field(16384, description="Tokens that the key-value cache holds, all requests together")
     context: PositiveInt | None = Field(
-        None, description="Longest prompt and answer, in tokens; the model's own if not given"
+        None, description="Longest prompt and answer, in tokens; the model's if not given"
     )
     max_running: PositiveInt = Field(32, description="Most requests in one batch")
     max_waiting: PositiveInt = Field(256, description="Most requests that wait; more are told to try again later")
     batch_tokens: PositiveInt = Field(512, description="Most tokens in one step; longer prompts are read in pieces")
     threads: PositiveInt | None = Field(
-        None, description="Threads of the numeric libraries; their own choice if not given"
+        None, description="Threads of the numeric libraries; theirs to choose if not given"
     )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
-        "info", description="Least level logged"
+        "info", description="Lowest level logged"
     )
 
     @property
@@ -65,11 +58,10 @@ def load(flags: dict[str, Any] | None = None) -> Settings:
 
     Raises OptionError that names an unknown ``DELTASERVE_`` variable, or the malformed or missing setting.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    if unknown := sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known):
-        raise OptionError(
-            f"Unknown setting {', '.join(unknown)} in the environment; known are {', '.join(sorted(known))}"
-        )
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise OptionError(f"Unknown setting {name} in the environment; known are {', '.join(known)}")
     try:
         return Settings(**{name: value for name, value in (flags or {}).items() if value is not None})
     except ValidationError as error:

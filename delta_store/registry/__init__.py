@@ -1,6 +1,6 @@
 """Which variants exist and which version each name points at.
 
-A variant has versions; each is immutable and is named by its artifact's digest. The variant's name points at one of them.
+A variant has versions; each is immutable and is named by its artifact's digest. The variant's name points at one.
 Registering adds a version and turns the name to it in one step, so that whoever asks sees the old one or the new one.
 Bytes that a variant already had are the same version: registering them again turns the name back to it.
 """
@@ -20,9 +20,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 class Receipt:
     """What the check of an uploaded artifact found: kept with its version, and told to whoever sent it.
 
-    ``base`` is the fingerprint of the base it was made for, ``profile`` the digest of the activation profile that its masks
-    need, ``tensors_applied`` of ``tensors_total`` are parameters that the served model has a layer for, ``quality`` is the
-    report stored in the artifact.
+    ``base`` is the fingerprint of the base it was made for, ``profile`` the digest of the activation profile that its
+    masks need, ``tensors_applied`` of ``tensors_total`` are parameters that the served model has a layer for, ``quality``
+    is the report stored in the artifact.
     """
 
     digest: str
@@ -49,7 +49,7 @@ class Registered:
 
 
 class Registry(Protocol):
-    """Every call is atomic, blocks for milliseconds, and raises RegistryUnavailable if the store behind it does not answer."""
+    """Calls are atomic, block for milliseconds, and raise RegistryUnavailable if the store behind does not answer."""
 
     def register(self, variant: str, receipt: Receipt) -> Registered:
         """Add a version and turn the name to it. Raises InvalidName."""
@@ -83,7 +83,7 @@ def check_name(variant: str) -> str:
         raise InvalidName(f"A variant's name has at most {MAX_NAME_LENGTH} characters; this one has {len(variant)}")
     if not _NAME.fullmatch(variant):
         raise InvalidName(
-            f"{variant!r} cannot be a variant's name: use letters, digits, '.', '_' and '-', in parts joined by '/', each "
-            "beginning with a letter or digit"
+            f"{variant!r} cannot be a variant's name: use letters, digits, '.', '_' and '-', in parts joined by '/', "
+            "each beginning with a letter or digit"
         )
     return variant
