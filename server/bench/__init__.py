@@ -1,1 +1,1 @@
-"""``deltaserve bench``: latency of any OpenAI server under a mix of variants."""
+"""Measures latency and throughput of any server with OpenAI's API, as its clients see them."""
