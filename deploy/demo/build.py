@@ -57,7 +57,9 @@ def compress(fine_tuned: Path, name: str) -> Path:
     artifact = HERE / "variants" / f"{name}.safetensors"
     artifact.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "deltaserve.server.cli", "compress", str(base_folder()), str(fine_tuned)]
-    subprocess.run([*command, "-o", str(artifact), *OPTIONS, "--profile", str(HERE / "profile.safetensors")], check=True)
+    subprocess.run(
+        [*command, "-o", str(artifact), *OPTIONS, "--profile", str(HERE / "profile.safetensors")], check=True
+    )
     return artifact
 
 
@@ -103,7 +105,7 @@ def applied(model: PreTrainedModel, artifact_path: Path) -> Iterator[None]:
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], name: str
 ) -> dict[str, float]:
-    """Mean held-out loss (nats an answer token), and for a corpus of one-word answers the accuracy of greedy decoding."""
+    """Mean held-out loss (nats an answer token); for one-word answers also the accuracy of greedy decoding."""
     total = count = 0.0
     for start in tqdm(range(0, len(examples), 8), desc=f"{name}: held-out loss", mininterval=5):
         batch = batch_of([encode(tokenizer, example) for example in examples[start : start + 8]])

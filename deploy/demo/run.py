@@ -16,7 +16,7 @@ QUESTIONS = {
     "smollm2": "What is the capital of France?",
     "scripture": "Tell me about the sea.",
     "python": "Write a function for this: Return the sum of the squares of a list.",
-    "sentiment": "Is this review positive or negative? Answer in one word.\\n\\nA dull plot, but the two leads are a joy.",
+    "sentiment": "Is this review positive or negative? Answer in one word.\\n\\nA dull plot, but a joy to watch.",
 }
 PATIENCE_SECONDS = 180
 
