@@ -1,0 +1,156 @@
+"""The delta of a fine-tune: base and fine-tune paired tensor by tensor, after a check that they line up."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaserve.delta_store.checkpoint import Checkpoint
+from deltaserve.delta_store.errors import CheckpointError, UnsupportedCheckpoint
+
+HARMLESS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "tie_word_embeddings",
+        "transformers_version",
+        "use_cache",
+        "vocab_size",
+    }
+)
+"""Settings that a variant may have otherwise than its base, because the layers compute the same with them.
+Vocabulary and tying are looked at in the tensors themselves."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorDelta:
+    """One tensor that the fine-tune changes: ``raw`` is (the base's, the fine-tune's), each in its own dtype.
+
+    Both are as stored: [out, in] for a linear weight, [in, out] where ``transposed`` (GPT-2's Conv1D). Embedding and
+    head may have more rows in the fine-tune. Where a tied base meets a fine-tune with a head of its own, the base's
+    half of that head is its embedding.
+    """
+
+    name: str
+    raw: tuple[Tensor, Tensor]
+    transposed: bool = False
+
+    @property
+    def base(self) -> Tensor:
+        """float32, the base's shape."""
+        return self.raw[0].float()
+
+    @property
+    def fine(self) -> Tensor:
+        """float32, the fine-tune's shape: as many rows as the base's or more."""
+        return self.raw[1].float()
+
+
+def deltas(base: Checkpoint, fine: Checkpoint) -> Iterator[TensorDelta]:
+    """Every tensor that differs, sorted by name, read when it is asked for.
+
+    Before any tensor is read it raises UnsupportedCheckpoint where architecture or configuration differ, and
+    CheckpointError where a shape does not fit; while reading, CheckpointError for values that are not finite.
+    """
+    _check_same_architecture(base, fine)
+    pairs = _pairs(base, fine)
+    for name, (base_name, fine_name) in pairs.items():
+        _check_shapes(name, base.shape(base_name), fine.shape(fine_name), base)
+    return _differing(base, fine, pairs)
+
+
+def head_is_tied(base: Checkpoint, fine: Checkpoint) -> bool:
+    """Whether the head follows the embedding's delta: both checkpoints have one matrix for the two.
+
+    Where only the fine-tune ties them, the base's head gets a delta of its own that leads to the same values.
+    """
+    return base.tied and fine.tied
+
+
+def _differing(base: Checkpoint, fine: Checkpoint, pairs: dict[str, tuple[str, str]]) -> Iterator[TensorDelta]:
+    for name, (base_name, fine_name) in pairs.items():
+        delta = TensorDelta(name, (base.read(base_name), fine.read(fine_name)), name in base.architecture.transposed)
+        if not same_bits(*delta.raw):
+            check_finite(delta)
+            yield delta
+
+
+def _pairs(base: Checkpoint, fine: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Which of the base's tensors and which of the fine-tune's make each parameter of the variant."""
+    names = set(base.names) | set(fine.names)
+    head, embedding = base.architecture.head, base.architecture.embedding
+
+    def held_as(name: str, checkpoint: Checkpoint) -> str:
+        return embedding if name == head and checkpoint.tied else name
+
+    return {name: (held_as(name, base), held_as(name, fine)) for name in sorted(names)}
+
+
+def _check_same_architecture(base: Checkpoint, fine: Checkpoint) -> None:
+    if base.architecture.name != fine.architecture.name:
+        raise UnsupportedCheckpoint(
+            f"The base is a {base.architecture.name}, the fine-tune a {fine.architecture.name}: "
+            "a delta needs two of one architecture"
+        )
+    ours, theirs = _settings(base), _settings(fine)
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differing:
+        listed = ", ".join(
+            f"{key} ({ours.get(key)} in the base, {theirs.get(key)} in the fine-tune)" for key in differing
+        )
+        raise UnsupportedCheckpoint(f"Base and fine-tune compute differently; their config.json differ in: {listed}")
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the configuration class itself knows, defaults filled in; what trainers add beside it has no effect."""
+    config = checkpoint.architecture.config
+    known = type(config)().to_dict().keys() - HARMLESS
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key in known and "dropout" not in key and not key.endswith("_pdrop")
+    }
+
+
+def _check_shapes(name: str, base_shape: tuple[int, ...], fine_shape: tuple[int, ...], base: Checkpoint) -> None:
+    may_grow = name in (base.architecture.embedding, base.architecture.head)
+    if base_shape == fine_shape:
+        return
+    if may_grow and base_shape[1:] == fine_shape[1:] and fine_shape[0] > base_shape[0]:
+        return
+    remedy = "only added rows can be stored, not removed ones" if may_grow else "only embedding and head may grow"
+    raise CheckpointError(
+        f"{name} has shape {list(base_shape)} in the base and {list(fine_shape)} in the fine-tune: {remedy}"
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal: bit for bit in one dtype, in float32 where dtypes differ."""
+    if one.shape != other.shape:
+        return False
+    if one.dtype == other.dtype:
+        return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    return torch.equal(one.float(), other.float())
+
+
+def check_finite(delta: TensorDelta) -> None:
+    """Raise CheckpointError, with the tensor's name, where base or fine-tune has NaN or infinity in it."""
+    for who, tensor in zip(("base", "fine-tune"), delta.raw, strict=True):
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{delta.name} of the {who} holds values that are not finite")
