@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from anyio import CapacityLimiter
 from deltaserve.delta_store.blobs import BlobStore
 from deltaserve.delta_store.registry.sqlite import SqliteRegistry
 from deltaserve.server.api import chat, completions, errors, models, operations, profiles, variants
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
     """The server as an ASGI application; ``engine`` None builds one from the settings at start-up.
 
-    While it runs, ``app.state`` has ``settings``, ``engine`` (started), ``registry``, ``blobs`` (artifacts) and
-    ``profiles`` (activation profiles, a BlobStore of their own that nothing is removed from).
+    While it runs, ``app.state`` has ``settings``, ``engine`` (started), ``registry``, ``blobs`` (artifacts), ``profiles``
+    (activation profiles, a BlobStore from which nothing is removed) and ``examinations``, which lets one upload at a time
+    have the processor.
     """
 
     @asynccontextmanager
@@ -29,6 +31,7 @@ def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
         app.state.profiles = BlobStore(settings.folder / "profiles")
         app.state.registry = SqliteRegistry(settings.folder / "registry.sqlite3")
         app.state.blobs.sweep(app.state.registry.digests)
+        app.state.examinations = CapacityLimiter(1)
         app.state.engine = engine or await run_in_threadpool(load_engine, settings, app.state.profiles)
         app.state.engine.start()
         try:

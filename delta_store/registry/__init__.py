@@ -21,8 +21,8 @@ class Receipt:
     """What the check of an uploaded artifact found: kept with its version, and told to whoever sent it.
 
     ``base`` is the fingerprint of the base it was made for, ``profile`` the digest of the activation profile that its
-    masks need, ``tensors_applied`` of ``tensors_total`` are parameters that the served model has a layer for, ``quality``
-    is the report stored in the artifact.
+    masks need, ``tensors_applied`` of ``tensors_total`` are parameters that the served model has a layer for,
+    ``quality`` is the report stored in the artifact.
     """
 
     digest: str

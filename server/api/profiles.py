@@ -1,0 +1,52 @@
+"""Activation profiles: what weighted drop draws its columns from, kept by digest beside the artifacts."""
+
+from dataclasses import dataclass
+
+from deltaserve.delta_store.errors import BaseMismatch, UploadIncomplete
+from deltaserve.delta_store.profile import Profile
+from deltaserve.server.api.uploads import receive_file
+from deltaserve.server.examination import how_to_send
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import FileResponse
+from starlette.concurrency import run_in_threadpool
+
+MAX_PROFILE_BYTES = 64 * 2**20
+"""A profile has a byte for each column of each layer's input: 1 MB for a model of 8 billion parameters."""
+
+router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileReceipt:
+    """A profile that the server has; ``base`` is the fingerprint of the base it belongs to."""
+
+    digest: str
+    base: str
+
+
+@router.put("/{digest}", status_code=201)
+async def put_profile(digest: str, request: Request) -> ProfileReceipt:
+    """Store the activation profile in the body; its SHA-256 must be ``digest``, and its base the one served here."""
+    state = request.app.state
+    target = state.profiles.path(digest)
+    with state.profiles.workspace() as folder:
+        file = folder / "profile"
+        found = await receive_file(request, file, min(MAX_PROFILE_BYTES, state.settings.max_upload_bytes))
+        if found != target.name:
+            raise UploadIncomplete(f"The body's SHA-256 is {found}, the address says {digest}; send it again")
+        profile = await run_in_threadpool(Profile.open, file)
+        if profile.base != state.engine.fingerprint:
+            raise BaseMismatch(
+                f"The profile belongs to base {profile.base[:12]}, this server has {state.engine.fingerprint[:12]}"
+            )
+        with state.profiles.adopt(file, digest):
+            return ProfileReceipt(digest, profile.base)
+
+
+@router.api_route("/{digest}", methods=["GET", "HEAD"], response_class=FileResponse)
+def get_profile(digest: str, request: Request) -> Response:
+    """The profile's file."""
+    path = request.app.state.profiles.path(digest)
+    if not path.exists():
+        raise HTTPException(404, how_to_send(digest))
+    return FileResponse(path, media_type="application/octet-stream")

@@ -1,0 +1,149 @@
+"""Variants: upload, list, look at, remove.
+
+An upload becomes a version only when it is whole and has passed the examination; of one that fails nothing is left. A
+request keeps the version that its variant's name pointed at when it arrived: a version's file goes when its variant is
+removed, or if a request holds it then, at the next removal or start after that request.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from anyio import to_thread
+from deltaserve.delta_store.errors import InvalidName
+from deltaserve.delta_store.registry import Registered, check_name
+from deltaserve.server.api.uploads import receive_file, receive_form
+from deltaserve.server.examination import examine
+from fastapi import APIRouter, Request
+from starlette.datastructures import State
+
+router = APIRouter(prefix="/v1/variants", tags=["variants"])
+
+
+@dataclass(frozen=True, slots=True)
+class VariantReceipt:
+    """A registered version. ``base`` is the fingerprint of the base it was made for, ``created`` is in Unix seconds.
+
+    ``tensors_applied`` of the artifact's ``tensors_total`` tensors change a layer of the served model.
+    """
+
+    id: str
+    object: Literal["variant"]
+    version: int
+    created: int
+    digest: str
+    size_bytes: int
+    base: str
+    base_matches: bool
+    profile: str | None
+    tensors_applied: int
+    tensors_total: int
+    quality: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class VariantList:
+    """The current version of every variant."""
+
+    object: Literal["list"]
+    data: list[VariantReceipt]
+
+
+@dataclass(frozen=True, slots=True)
+class VariantVersions:
+    """A variant's current version, and all of them, newest first."""
+
+    id: str
+    object: Literal["variant"]
+    current: VariantReceipt
+    versions: list[VariantReceipt]
+
+
+@dataclass(frozen=True, slots=True)
+class VariantRemoved:
+    """A variant that is no more."""
+
+    id: str
+    object: Literal["variant"]
+    deleted: bool
+
+
+@router.put("/{name:path}", status_code=201)
+async def put_variant(name: str, request: Request) -> VariantReceipt:
+    """Register the artifact in the body as the newest version of ``name``.
+
+    The body's SHA-256 may be announced (``?digest=``, ``X-Checksum-Sha256`` or ``Repr-Digest``) and is then checked.
+    """
+    state = request.app.state
+    check_free(name, state)
+    with state.blobs.workspace() as folder:
+        await receive_file(request, folder / "artifact", state.settings.max_upload_bytes)
+        return await to_thread.run_sync(register, name, folder / "artifact", state, limiter=state.examinations)
+
+
+@router.post("", status_code=201)
+async def post_variant(request: Request) -> VariantReceipt:
+    """The same as a form: ``name`` and ``artifact``, or ``adapter`` with a LoRA's two files, encoded on arrival."""
+    state = request.app.state
+    settings = state.settings
+    with state.blobs.workspace() as folder:
+        form = await receive_form(request, folder, settings.max_upload_bytes, settings.max_upload_parts)
+        check_free(form.name, state)
+        if form.adapter:
+            await to_thread.run_sync(encode, form.adapter, folder / "artifact", state, limiter=state.examinations)
+        return await to_thread.run_sync(register, form.name, folder / "artifact", state, limiter=state.examinations)
+
+
+@router.get("")
+def list_variants(request: Request) -> VariantList:
+    """Every variant that can be asked now."""
+    return VariantList("list", [receipt(one, request.app.state) for one in request.app.state.registry.variants()])
+
+
+@router.get("/{name:path}")
+def get_variant(name: str, request: Request) -> VariantVersions:
+    """A variant with its versions."""
+    state = request.app.state
+    current = receipt(state.registry.current(name), state)
+    return VariantVersions(name, "variant", current, [receipt(one, state) for one in state.registry.versions(name)])
+
+
+@router.delete("/{name:path}")
+def delete_variant(name: str, request: Request) -> VariantRemoved:
+    """Remove a variant with all its versions; requests that run are finished, new ones are answered 404."""
+    state = request.app.state
+    state.registry.remove(name)
+    state.blobs.sweep(state.registry.digests)
+    return VariantRemoved(name, "variant", True)
+
+
+def check_free(name: str, state: State) -> None:
+    """Raise InvalidName for a name that no variant can have here."""
+    if check_name(name) == state.settings.base_name:
+        raise InvalidName(f"{name!r} is the base's own id; give the variant another name")
+
+
+def encode(adapter: Path, artifact: Path, state: State) -> None:
+    """Write the artifact of a LoRA folder."""
+    from deltaserve.delta_store.compress import compress
+
+    compress(state.settings.base, adapter, artifact)
+
+
+def register(name: str, file: Path, state: State) -> VariantReceipt:
+    """Examine an artifact in a workspace, keep it, and turn the name to it."""
+    found = examine(file, state.engine, state.settings.base, state.profiles)
+    with state.blobs.adopt(file, found.digest):
+        return receipt(state.registry.register(name, found), state)
+
+
+def receipt(version: Registered, state: State) -> VariantReceipt:
+    """What is told about a version."""
+    return VariantReceipt(
+        id=version.variant,
+        object="variant",
+        version=version.number,
+        created=int(version.created),
+        base_matches=version.receipt.base == state.engine.fingerprint,
+        **asdict(version.receipt),
+    )
