@@ -93,7 +93,7 @@ def _runs(blocks: int, kept: int) -> Iterator[tuple[int, int]]:
 
 
 def _words(key: tuple[int, int], start: int, stop: int, kind: int, count: int) -> NDArray[np.uint32]:
-    """uint32 ``[stop - start, count]``; number ``i`` of block ``b``: word ``i % 4`` of counter ``(i // 4, b, kind, 0)``."""
+    """uint32 ``[stop - start, count]``; for number ``i`` of block ``b``: word ``i % 4`` at ``(i // 4, b, kind, 0)``."""
     counters = np.zeros((stop - start, -(-count // 4), 4), np.uint32)
     counters[..., 0] = np.arange(counters.shape[1])
     counters[..., 1] = np.arange(start, stop)[:, None]

@@ -69,7 +69,7 @@ class SparseSpec(Model):
 
 
 class LowRankSpec(Model):
-    """``b @ a``; ``a`` has a scale a row, ``b`` one for each ``group`` values: a multiple of ``rank``, 1 for float codecs."""
+    """``b @ a``; ``a`` has a scale a row, ``b`` one for each ``group`` values: a multiple of ``rank``, 1 for floats."""
 
     kind: Literal["low_rank"] = "low_rank"
     shape: Matrix

@@ -48,7 +48,8 @@ def _quantise(values: Tensor, codec: str, group: int, padding: int) -> Codes:
     groups = _in_groups(values.detach().float(), group)
     counted = _in_groups(_counted(values, padding), group)
     step = max(1, VALUES_AT_ONCE // group)
-    runs = [_quantise_groups(f, c, codec) for f, c in zip(groups.split(step), counted.split(step), strict=True)]
+    starts = range(0, max(1, len(groups)), step)
+    runs = [_quantise_groups(groups[i : i + step], counted[i : i + step], codec) for i in starts]
     codes = torch.cat([codes for codes, _ in runs]).flatten()[: values.numel()]
     scales = torch.cat([scales for _, scales in runs])
     return Codes(codec, tuple(values.shape), pack_bits(codes, codec), scales, group)
@@ -56,7 +57,7 @@ def _quantise(values: Tensor, codec: str, group: int, padding: int) -> Codes:
 
 def _in_groups(values: Tensor, group: int) -> Tensor:
     flat = values.flatten()
-    return torch.nn.functional.pad(flat, (0, -len(flat) % group)).view(-1, group)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % group)).view(-(-len(flat) // group), group)
 
 
 def _counted(values: Tensor, padding: int) -> Tensor:
