@@ -46,8 +46,8 @@ class Ask:
 class Record:
     """What one request came to. Times are seconds of this process's monotonic clock.
 
-    ``texts`` are the arrivals of the events that brought text. ``tokens`` is the server's ``usage`` or, if ``estimated``,
-    the number of those events. ``reason`` says why a request was not completed.
+    ``texts`` are the arrivals of the events that brought text. ``tokens`` is the server's ``usage`` or, if
+    ``estimated``, the number of those events. ``reason`` says why a request was not completed.
     """
 
     model: str
@@ -71,7 +71,7 @@ class Record:
 
     @property
     def gaps(self) -> list[float]:
-        """Times between events that brought text: an event may hold several tokens. The first text's wait is not one."""
+        """Times between events that brought text, each of which may hold several tokens; without the first wait."""
         return [later - earlier for earlier, later in pairwise(self.texts)]
 
     @property
@@ -143,12 +143,14 @@ async def _read(stream: AsyncIterator[bytes], answer: _Answer) -> bool:
     """Notes what arrives, and when; whether the answer came to its end."""
     finished = False
     async for payload in stream:
-        answer.end = time.perf_counter()
+        now = time.perf_counter()
         if payload == DONE:
-            return True
+            finished = True
+            continue  # reads on, so that the connection can serve the next request
+        answer.end = now
         event = parse(payload)
         if event.has_text:
-            answer.texts.append(answer.end)
+            answer.texts.append(now)
         finished = finished or event.finished
         answer.usage = event.usage or answer.usage
     return finished

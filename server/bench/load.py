@@ -33,9 +33,7 @@ async def served_models(client: httpx.AsyncClient, timeout_s: float = 30.0) -> l
         response.raise_for_status()
         return [str(model["id"]) for model in response.json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(
-            f"{client.base_url} does not list its models ({error}); is a server running there?"
-        ) from error
+        raise OptionError(f"{client.base_url} does not list its models ({error}); is a server there?") from error
 
 
 async def closed_loop(

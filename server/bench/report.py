@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 ROWS = {
-    "ttft": "Time to first token",
-    "gap": "Gap between events",
-    "tpot": "Time per output token",
-    "e2e": "Whole answer",
+    "ttft": "Time to first token (TTFT)",
+    "gap": "Gap, per event",
+    "tpot": "Time per output token (TPOT)",
+    "e2e": "Whole answer (E2E)",
 }
 
 
@@ -55,7 +55,7 @@ class Report:
         setup = self.setup
         console.print(
             f"{setup.mix} mix over {len(setup.models)} models, {setup.concurrency} concurrent (closed loop), "
-            f"{setup.requests} requests after {setup.warmup_requests} to warm up ({self.warmup_failed} of them failed), "
+            f"{setup.requests} requests after {setup.warmup_requests} to warm up ({self.warmup_failed} failed), "
             f"{setup.prompts}"
         )
         console.print(_rates(self.total))
@@ -92,8 +92,8 @@ def _rates(part: Figures) -> str:
     counts = ", ".join(f"{count} {outcome}" for outcome, count in part.outcomes.items())
     estimated = " (estimated)" if part.tokens_estimated else ""
     return (
-        f"{counts}; {_number(part.tokens_per_s)} output tokens/s{estimated}, {_number(part.requests_per_s, 2)} requests/s "
-        f"over {part.span_s:.2f} s, {part.output_tokens} output tokens{estimated}"
+        f"{counts}; {part.output_tokens} output tokens{estimated} in {part.span_s:.2f} s: "
+        f"{_number(part.tokens_per_s)} tokens/s{estimated}, {_number(part.requests_per_s, 2)} requests/s"
     )
 
 

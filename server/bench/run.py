@@ -23,12 +23,11 @@ async def run(
     needed = setup.warmup_requests + setup.requests
     if len(prompts) != needed:
         raise OptionError(f"{len(prompts)} prompts for {needed} requests; each needs one")
-    warmup, measured = prompts[: setup.warmup_requests], prompts[setup.warmup_requests :]
+    warmup = _asks("distinct", setup, prompts[: setup.warmup_requests])
+    measured = _asks(setup.mix, setup, prompts[setup.warmup_requests :])
     async with open_client(setup.url, api_key) as client:
-        asks = _asks("distinct", setup, warmup)
-        warm = await closed_loop(client, setup.asking, asks, setup.concurrency, on_record)
-        asks = _asks(setup.mix, setup, measured)
-        records = await closed_loop(client, setup.asking, asks, setup.concurrency, on_record)
+        warm = await closed_loop(client, setup.asking, warmup, setup.concurrency, on_record)
+        records = await closed_loop(client, setup.asking, measured, setup.concurrency, on_record)
     warmup_failed = sum(record.outcome is not Outcome.COMPLETED for record in warm)
     return Report(setup, warmup_failed, figures(records), by_model(records, setup.models))
 

@@ -59,7 +59,12 @@ def distribution(seconds: Iterable[float]) -> Distribution | None:
         return None
     median, p95, p99 = np.percentile(samples, [50, 95, 99], method="linear")
     return Distribution(
-        samples.size, float(samples.mean()), float(median), float(p95), float(p99), samples.size < P99_NEEDS
+        samples=samples.size,
+        mean=float(samples.mean()),
+        median=float(median),
+        p95=float(p95),
+        p99=float(p99),
+        p99_is_rough=samples.size < P99_NEEDS,
     )
 
 

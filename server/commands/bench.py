@@ -51,7 +51,7 @@ def command(
 
     if save and not save.parent.is_dir():
         raise OptionError(f"--save {save}: there is no folder {save.parent}; make it first")
-    names = tuple(name.strip() for name in models.split(",")) if models else asyncio.run(_served(url, api_key))
+    names = tuple(filter(None, map(str.strip, models.split(",")))) if models else asyncio.run(_served(url, api_key))
     warmup = len(names) if warmup is None else warmup
     count = warmup + requests
     setup = Setup(

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import pytest
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.server.cli import app
+from fake_server import Script, fake_server
+from typer.testing import CliRunner
+
+QUICK = Script(first_s=0.01, every_s=0.001)
+
+
+def test_json_on_stdout_and_in_a_file_are_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    with fake_server(base=QUICK, tuned=QUICK) as server:
+        arguments = ["bench", server.url, "--requests", "6", "--mix", "distinct", "--json", "--save", str(file)]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document == json.loads(file.read_text())
+    assert document["setup"]["models"] == ["base", "tuned"], "the models that the server lists, where none are named"
+    assert document["setup"]["warmup_requests"] == 2
+    assert {model: part["outcomes"]["completed"] for model, part in document["per_model"].items()} == {
+        "base": 3,
+        "tuned": 3,
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_named_models_and_prompts_of_a_file(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    options = ["--models", "tuned", "--prompts", str(prompts), "--requests", "3", "--warmup", "0"]
+    with fake_server(base=QUICK, tuned=QUICK) as server:
+        result = CliRunner().invoke(app, ["bench", server.url, *options, "--concurrency", "1"])
+    assert result.exit_code == 0
+    asked = [(body["model"], body["messages"][0]["content"]) for body in server.bodies]
+    assert asked == [("tuned", "one"), ("tuned", "two"), ("tuned", "one")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mix", "gauss"], "'gauss' is unknown"),
+        (["--save", "absent/report.json"], "there is no folder absent"),
+        (["--models", ","], "there is no model to ask"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_sent(options: list[str], message: str) -> None:
+    with fake_server(m=QUICK) as server:
+        result = CliRunner().invoke(app, ["bench", server.url, *options])
+    assert isinstance(result.exception, OptionError)
+    assert message in str(result.exception)
+    assert server.sent == []
