@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 
 def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
-    """The server as an ASGI application; ``engine`` None builds one from the settings at start-up.
+    """The server as an ASGI application; ``engine`` None loads one as the settings say.
 
-    While it runs, ``app.state`` has ``settings``, ``engine`` (started), ``registry``, ``blobs`` (artifacts), ``profiles``
-    (activation profiles, a BlobStore from which nothing is removed) and ``examinations``, which lets one upload at a time
-    have the processor.
+    ``app.state`` has ``settings``, ``engine`` (started while the application runs), ``registry``, ``blobs``
+    (artifacts), ``profiles`` (activation profiles, a BlobStore from which nothing is removed) and ``examinations``,
+    which lets one upload at a time have the processor. Raises the DeltaServeError that stands in the way of serving.
     """
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.blobs = BlobStore(settings.folder / "blobs")
-        app.state.profiles = BlobStore(settings.folder / "profiles")
-        app.state.registry = SqliteRegistry(settings.folder / "registry.sqlite3")
-        app.state.blobs.sweep(app.state.registry.digests)
-        app.state.examinations = CapacityLimiter(1)
-        app.state.engine = engine or await run_in_threadpool(load_engine, settings, app.state.profiles)
-        app.state.engine.start()
-        try:
-            yield
-        finally:
-            await run_in_threadpool(app.state.engine.stop)
-            app.state.registry.close()
-
-    app = FastAPI(title="deltaserve", version=installed_version(), lifespan=lifespan)
+    app = FastAPI(title="deltaserve", version=installed_version(), lifespan=_lifespan)
     app.state.settings = settings
+    app.state.blobs = BlobStore(settings.folder / "blobs")
+    app.state.profiles = BlobStore(settings.folder / "profiles")
+    app.state.registry = SqliteRegistry(settings.folder / "registry.sqlite3")
+    app.state.blobs.sweep(app.state.registry.digests)
+    app.state.engine = engine or load_engine(settings, app.state.profiles)
     errors.install(app)
     for module in (chat, completions, models, operations, profiles, variants):
         app.include_router(module.router)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.state.examinations = CapacityLimiter(1)
+    app.state.engine.start()
+    try:
+        yield
+    finally:
+        await run_in_threadpool(app.state.engine.stop)
+        app.state.registry.close()
 
 
 def load_engine(settings: Settings, profiles: BlobStore) -> "Engine":

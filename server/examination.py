@@ -1,16 +1,19 @@
 """What an artifact must pass before it is registered, so that no request ever meets a version that cannot be served."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from deltaserve.delta_store.blobs import BlobStore
-from deltaserve.delta_store.checkpoint import open_checkpoint
+from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
-from deltaserve.delta_store.errors import BaseMismatch, CorruptArtifact, ProfileMissing, UnsupportedArtifact
+from deltaserve.delta_store.codec.specs import XorSpec
+from deltaserve.delta_store.errors import ArtifactError, BaseMismatch, ProfileMissing, UnsupportedArtifact
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.registry import Receipt
-from deltaserve.kernels.reference import unpack
+from safetensors import safe_open
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
@@ -18,28 +21,32 @@ if TYPE_CHECKING:
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of what torch.save writes: a zip archive, or in old versions a bare pickle."""
 
+MAPPED_BYTES = 32 * 2**20
+"""Read pages of a mapped file count as resident until it is closed: it is opened anew after so many bytes."""
+
 
 def examine(file: Path, engine: "Engine", base: str, profiles: BlobStore) -> Receipt:
-    """Decode every tensor of the artifact once. ``base`` is the served checkpoint, ``profiles`` those that were sent.
+    """Decode every tensor of an uploaded artifact once. ``base`` is the served checkpoint's path.
 
     Raises the ArtifactError that says what is wrong with it.
     """
     refuse_pickle(file)
-    artifact = open_artifact(file)
-    if artifact.manifest.base != engine.fingerprint:
-        raise BaseMismatch(
-            f"The artifact was made for base {artifact.manifest.base[:12]}, this server has {engine.fingerprint[:12]}; "
-            "compress the fine-tune against the base that is served"
-        )
-    applied = engine.check_fits(artifact)
-    decode_all(artifact, base, open_profile(artifact.manifest.profile, profiles))
+    with told_of_the_upload(file):
+        artifact = open_artifact(file)
+        if artifact.manifest.base != engine.fingerprint:
+            raise BaseMismatch(
+                f"The artifact was made for base {artifact.manifest.base[:12]}, this server has "
+                f"{engine.fingerprint[:12]}; compress the fine-tune against the base that is served"
+            )
+        fit = engine.check_fits(artifact)
+        decode_all(artifact, open_checkpoint(base), open_profile(artifact.manifest.profile, profiles))
     return Receipt(
         digest=artifact.digest,
         size_bytes=file.stat().st_size,
         base=artifact.manifest.base,
         profile=artifact.manifest.profile,
-        tensors_applied=applied,
-        tensors_total=len(artifact.names),
+        tensors_applied=fit.tensors_applied,
+        tensors_total=fit.tensors_total,
         quality=artifact.manifest.quality,
     )
 
@@ -52,6 +59,16 @@ def refuse_pickle(file: Path) -> None:
                 "This is a pickle (a .bin, .pt or .pth file), which deltaserve never opens; send what deltaserve "
                 "compress wrote, or an adapter as safetensors"
             )
+
+
+@contextmanager
+def told_of_the_upload(file: Path) -> Iterator[None]:
+    """Messages speak of the upload, not of a path on the server that its sender does not know."""
+    try:
+        yield
+    except ArtifactError as error:
+        error.args = (str(error).replace(str(file), "the upload"),)
+        raise
 
 
 def open_profile(digest: str | None, profiles: BlobStore) -> Profile | None:
@@ -71,10 +88,12 @@ def how_to_send(digest: str) -> str:
     )
 
 
-def decode_all(artifact: Artifact, base: str, profile: Profile | None) -> None:
-    """Raise CorruptArtifact if a tensor cannot be decoded or holds a number that is not finite."""
-    checkpoint = open_checkpoint(base)
+def decode_all(artifact: Artifact, base: Checkpoint, profile: Profile | None) -> None:
+    """Raise the ArtifactError of the first tensor that cannot be decoded."""
+    mapped = 0
     for name in artifact.names:
-        delta = artifact.delta(name, profile, checkpoint.read(name))
-        if not torch.isfinite(unpack(delta)).all():
-            raise CorruptArtifact(f"Tensor {name} of the artifact has values that are not finite; compress again")
+        lossless = any(isinstance(spec, XorSpec) for spec in artifact.specs(name))
+        artifact.delta(name, profile, base.read(name) if lossless else None)
+        mapped += sum(artifact.part_bytes(name))
+        if mapped > MAPPED_BYTES:
+            artifact, mapped = replace(artifact, reader=safe_open(artifact.path, "pt")), 0

@@ -71,4 +71,5 @@ def load(flags: dict[str, Any] | None = None) -> Settings:
 def _complaint(detail: Any) -> str:
     name = str(detail["loc"][0])
     given = "" if detail["type"] == "missing" else f" = {detail['input']!r}"
-    return f"Setting {PREFIX}{name.upper()}{given} (flag --{name.replace('_', '-')}): {detail['msg']}"
+    flag = "argument BASE" if name == "base" else f"flag --{name.replace('_', '-')}"
+    return f"Setting {PREFIX}{name.upper()}{given} ({flag}): {detail['msg']}"

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadTooLarge
+from deltaserve.delta_store.variant_files import VARIANT_FILES
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 MAX_NAME_BYTES = 1024
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""Each must come; VARIANT_FILES may."""
+
 _EXPECTED = f"'name', and 'artifact' (a file) or 'adapter' (the files {' and '.join(ADAPTER_FILES)})"
 
 
@@ -29,7 +32,7 @@ class _Part:
 class Form:
     """Give it the body with ``write``, in pieces of any size, then ``close`` it: ``name`` and one of the paths are set.
 
-    ``artifact`` is the file of that part; ``adapter`` is a folder that holds ADAPTER_FILES. Both are in ``folder``.
+    ``artifact`` is the file of that part; ``adapter`` is a folder with ADAPTER_FILES. Both are in ``folder``.
     Raises UploadError, or one of its kinds, at the first thing that is wrong.
     """
 
@@ -108,7 +111,11 @@ class Form:
         if part == "artifact" and not self.artifact:
             self.artifact = self._folder / "artifact"
             self._part.file = self.artifact.open("xb")
-        elif part == "adapter" and filename in ADAPTER_FILES and not (self._folder / "adapter" / filename).exists():
+        elif (
+            part == "adapter"
+            and filename in (*ADAPTER_FILES, *VARIANT_FILES)
+            and not (self._folder / "adapter" / filename).exists()
+        ):
             self.adapter = self._folder / "adapter"
             self.adapter.mkdir(exist_ok=True)
             self._part.file = (self.adapter / filename).open("xb")

@@ -85,7 +85,7 @@ def announced_digest(request: Request) -> str | None:
     """The SHA-256 that the request announces for its body, in hex.
 
     One of: the query's ``digest=<hex>``, or a header ``X-Checksum-Sha256: <hex>`` or
-    ``Repr-Digest: sha-256=:<base64>:`` (RFC 9530). Raises UploadError for one that is malformed, or several that differ.
+    ``Repr-Digest: sha-256=:<base64>:`` (RFC 9530). Raises UploadError if malformed, or if several differ.
     """
     given = {
         "digest": request.query_params.get("digest"),

@@ -1,0 +1,43 @@
+"""The command line's way to a running server: its errors are DeltaServeErrors, one line each."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import httpx
+import typer
+from deltaserve.delta_store.errors import DeltaServeError
+
+Url = Annotated[str, typer.Option(help="Address of the server, with or without /v1.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+TIMEOUT = httpx.Timeout(30, read=600, write=600)
+
+
+@contextmanager
+def connected(url: str) -> Iterator[httpx.Client]:
+    """A client of the server at ``url``; what fails on the way becomes a DeltaServeError."""
+    try:
+        with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=TIMEOUT) as client:
+            yield client
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise DeltaServeError(f"No answer from {url} ({error}); is `deltaserve serve` running there?") from error
+
+
+def answer(response: httpx.Response) -> Any:
+    """The body of a response as JSON; raises the server's own message if it is an error."""
+    try:
+        body = response.json()
+        message = body["error"]["message"] if response.is_error else ""
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeltaServeError(f"{response.url} is no deltaserve: it answered {response.status_code}") from error
+    if message:
+        raise DeltaServeError(message)
+    return body
+
+
+def variant_path(name: str) -> str:
+    """The path of a variant's resource."""
+    return f"/v1/variants/{quote(name)}"

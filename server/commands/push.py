@@ -1,0 +1,102 @@
+"""``deltaserve push``: send an artifact or a LoRA adapter to a running server."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected, variant_path
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+if TYPE_CHECKING:
+    import httpx
+
+PIECE_BYTES = 2**18
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="Artifact that deltaserve compress wrote, or folder of a LoRA adapter.")],
+    name: Annotated[str, typer.Option(help="Name under which the variant is served.")],
+    url: Url = DEFAULT_URL,
+    profile: Annotated[
+        Path | None, typer.Option(help="Activation profile; looked for beside the artifact and in the cache.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send an artifact or a LoRA adapter to a server, as the newest version of a variant.
+
+    Example: `deltaserve push reviews.safetensors --name reviews`
+    """
+    if not file.exists():
+        raise OptionError(f"There is no file {file}")
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with connected(url) as client, Progress(*columns, console=Console(stderr=True)) as progress:
+        if file.is_dir():
+            receipt = _send_adapter(client, progress, file, name)
+        else:
+            _send_profile(client, progress, file, profile)
+            receipt = _send(client, progress, file, variant_path(name))
+    if as_json:
+        typer.echo(json.dumps(receipt, indent=2))
+    else:
+        tensors = f"{receipt['tensors_applied']} of {receipt['tensors_total']} tensors"
+        typer.echo(
+            f"{name}: version {receipt['version']}, {receipt['digest'][:12]}, "
+            f"{decimal(receipt['size_bytes'])}, {tensors}"
+        )
+
+
+def _send(client: "httpx.Client", progress: Progress, file: Path, path: str) -> Any:
+    """PUT a file with its length and checksum announced."""
+    from deltaserve.delta_store.blobs import digest_of
+
+    size = file.stat().st_size
+    task = progress.add_task(file.name, total=size)
+
+    def body() -> Iterator[bytes]:
+        with file.open("rb") as opened:
+            while piece := opened.read(PIECE_BYTES):
+                yield piece
+                progress.advance(task, len(piece))
+
+    headers = {"Content-Length": str(size), "X-Checksum-Sha256": digest_of(file)}
+    return answer(client.put(path, content=body(), headers=headers))
+
+
+def _send_profile(client: "httpx.Client", progress: Progress, file: Path, given: Path | None) -> None:
+    """Send the profile that an artifact needs, if the server does not have it."""
+    from deltaserve.delta_store.cache_folder import cache_folder
+    from deltaserve.delta_store.codec.artifact import open_artifact
+    from deltaserve.delta_store.profile import file_name
+
+    digest = open_artifact(file).manifest.profile
+    if digest is None or client.head(f"/v1/profiles/{digest}").is_success:
+        return
+    places = [given] if given else [folder / file_name(digest) for folder in (file.parent, cache_folder())]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise OptionError(
+            f"{file} needs activation profile {digest[:12]}, which is neither on the server nor in "
+            f"{' or '.join(map(str, places))}; give its file with --profile"
+        )
+    _send(client, progress, found, f"/v1/profiles/{digest}")
+
+
+def _send_adapter(client: "httpx.Client", progress: Progress, folder: Path, name: str) -> Any:
+    """POST the files of a LoRA adapter; the server encodes them."""
+    from deltaserve.delta_store.variant_files import VARIANT_FILES
+    from deltaserve.server.api.forms import ADAPTER_FILES
+
+    with ExitStack() as stack:
+        parts = []
+        for part in (*ADAPTER_FILES, *(name for name in VARIANT_FILES if (folder / name).is_file())):
+            if not (folder / part).is_file():
+                raise OptionError(f"{folder} is no LoRA adapter in safetensors: {part} is missing")
+            opened = stack.enter_context(progress.open(folder / part, "rb", description=part))
+            parts.append(("adapter", (part, opened)))
+        return answer(client.post("/v1/variants", data={"name": name}, files=parts))

@@ -1,0 +1,71 @@
+"""``deltaserve serve``: load the base and answer over HTTP. Every setting is a flag."""
+
+import logging
+import socket
+from inspect import Parameter, Signature
+from typing import Annotated, Any
+
+import typer
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.server.settings import Settings, load
+
+
+def command(**flags: Any) -> None:
+    """Serve a base model and its variants: an OpenAI-compatible API with uploads while it runs.
+
+    Each flag can also be a variable: --max-running is DELTASERVE_MAX_RUNNING. A flag goes first.
+
+    Example: `deltaserve serve ./SmolLM2-135M-Instruct --store ./store --port 8000`
+    """
+    settings = load(flags)
+    import uvicorn
+    from deltaserve.server.app import create_app
+
+    class Server(uvicorn.Server):
+        """Says how to ask it, once it can be asked."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                typer.echo(curl_line(settings, listener.getsockname()[1]))
+
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
+    with bound(settings.host, settings.port) as listener:
+        config = uvicorn.Config(create_app(settings), log_level=settings.log_level, timeout_graceful_shutdown=30)
+        Server(config).run(sockets=[listener])
+
+
+def flag(name: str) -> Parameter:
+    """A setting as a parameter of the command. Its value stays text: Settings reads it as it reads the environment."""
+    field = Settings.model_fields[name]
+    default = "" if field.is_required() or field.default is None else f" Default: {field.default}."
+    text = f"{field.description}.{default}"
+    option = (
+        typer.Argument(help=text, metavar="BASE") if name == "base" else typer.Option(help=text, metavar=name.upper())
+    )
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])
+
+
+command.__signature__ = Signature([flag(name) for name in Settings.model_fields])  # type: ignore[attr-defined]
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address but does not listen yet: a taken port is known before the base is loaded."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OptionError(
+            f"Cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+def curl_line(settings: Settings, port: int) -> str:
+    """A command that asks the base."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    body = f'{{"model": "{settings.base_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
