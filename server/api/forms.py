@@ -108,19 +108,20 @@ class Form:
             raise UploadError(f"Part {part!r} is encoded as {encoding.decode(errors='replace')!r}; send it as it is")
         if part == "name" and not self.name:
             return
-        if part == "artifact" and not self.artifact:
+        try:
+            self._part.file = self._place(part, filename).open("xb")
+        except FileExistsError as error:
+            raise UploadError(f"Part {part!r} (file {filename!r}) came twice") from error
+
+    def _place(self, part: str, filename: str) -> Path:
+        if part == "artifact":
             self.artifact = self._folder / "artifact"
-            self._part.file = self.artifact.open("xb")
-        elif (
-            part == "adapter"
-            and filename in (*ADAPTER_FILES, *VARIANT_FILES)
-            and not (self._folder / "adapter" / filename).exists()
-        ):
+            return self.artifact
+        if part == "adapter" and filename in (*ADAPTER_FILES, *VARIANT_FILES):
             self.adapter = self._folder / "adapter"
             self.adapter.mkdir(exist_ok=True)
-            self._part.file = (self.adapter / filename).open("xb")
-        else:
-            raise UploadError(f"Part {part!r} (file {filename!r}) is unknown or came twice; a form has {_EXPECTED}")
+            return self.adapter / filename
+        raise UploadError(f"Part {part!r} (file {filename!r}) is not expected here; a form has {_EXPECTED}")
 
     def _add(self, data: bytes) -> None:
         if self._part.file:

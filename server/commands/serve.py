@@ -58,7 +58,7 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise OptionError(
-            f"Cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+            f"Cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
         ) from error
     return listener
 
