@@ -47,6 +47,10 @@ class Checkpoint:
         self.files = tuple(sorted({part.shard.path for part in stored.values()}))
         self._stored = stored
 
+    def held_as(self, name: str) -> str:
+        """The name under which a parameter's values lie: a tied head's are the embedding's."""
+        return self.architecture.embedding if self.tied and name == self.architecture.head else name
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored[name].header.shape
 
@@ -78,7 +82,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _ordinary_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        return snapshot(str(path))
+        folder = snapshot(str(path))
     if (file := find_gguf(folder)) is not None:
         return converted(file)
     if folder.is_file():

@@ -1,5 +1,6 @@
 """The delta of a fine-tune: base and fine-tune paired tensor by tensor, after a check that they line up."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaserve.delta_store.bits import same_bits
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.errors import CheckpointError, UnsupportedCheckpoint
 
@@ -71,7 +73,7 @@ def deltas(base: Checkpoint, fine: Checkpoint) -> Iterator[TensorDelta]:
     _check_same_architecture(base, fine)
     pairs = _pairs(base, fine)
     for name, (base_name, fine_name) in pairs.items():
-        _check_shapes(name, base.shape(base_name), fine.shape(fine_name), base)
+        check_shapes(name, base.shape(base_name), fine.shape(fine_name), base)
     return _differing(base, fine, pairs)
 
 
@@ -93,13 +95,8 @@ def _differing(base: Checkpoint, fine: Checkpoint, pairs: dict[str, tuple[str, s
 
 def _pairs(base: Checkpoint, fine: Checkpoint) -> dict[str, tuple[str, str]]:
     """Which of the base's tensors and which of the fine-tune's make each parameter of the variant."""
-    names = set(base.names) | set(fine.names)
-    head, embedding = base.architecture.head, base.architecture.embedding
-
-    def held_as(name: str, checkpoint: Checkpoint) -> str:
-        return embedding if name == head and checkpoint.tied else name
-
-    return {name: (held_as(name, base), held_as(name, fine)) for name in sorted(names)}
+    names = sorted(set(base.names) | set(fine.names))
+    return {name: (base.held_as(name), fine.held_as(name)) for name in names}
 
 
 def _check_same_architecture(base: Checkpoint, fine: Checkpoint) -> None:
@@ -109,7 +106,7 @@ def _check_same_architecture(base: Checkpoint, fine: Checkpoint) -> None:
             "a delta needs two of one architecture"
         )
     ours, theirs = _settings(base), _settings(fine)
-    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    differing = sorted(key for key in ours.keys() | theirs.keys() if not _agree(ours.get(key), theirs.get(key)))
     if differing:
         listed = ", ".join(
             f"{key} ({ours.get(key)} in the base, {theirs.get(key)} in the fine-tune)" for key in differing
@@ -120,15 +117,26 @@ def _check_same_architecture(base: Checkpoint, fine: Checkpoint) -> None:
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the configuration class itself knows, defaults filled in; what trainers add beside it has no effect."""
     config = checkpoint.architecture.config
-    known = type(config)().to_dict().keys() - HARMLESS
-    return {
-        key: value
-        for key, value in config.to_dict().items()
-        if key in known and "dropout" not in key and not key.endswith("_pdrop")
-    }
+    known = type(config)().to_dict().keys()
+    return {key: value for key, value in config.to_dict().items() if key in known and _matters(key)}
 
 
-def _check_shapes(name: str, base_shape: tuple[int, ...], fine_shape: tuple[int, ...], base: Checkpoint) -> None:
+def _matters(key: str) -> bool:
+    return key not in HARMLESS and "dropout" not in key and not key.endswith("_pdrop")
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Equality of settings; GGUF keeps numbers in float32, so 1e-5 is 9.99999975e-6 there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = filter(_matters, one.keys() | other.keys())
+        return all(_agree(one.get(key), other.get(key)) for key in keys)
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
+
+
+def check_shapes(name: str, base_shape: tuple[int, ...], fine_shape: tuple[int, ...], base: Checkpoint) -> None:
+    """Raise CheckpointError unless the shapes are equal, or the tensor is an embedding or head that gained rows."""
     may_grow = name in (base.architecture.embedding, base.architecture.head)
     if base_shape == fine_shape:
         return
@@ -138,15 +146,6 @@ def _check_shapes(name: str, base_shape: tuple[int, ...], fine_shape: tuple[int,
     raise CheckpointError(
         f"{name} has shape {list(base_shape)} in the base and {list(fine_shape)} in the fine-tune: {remedy}"
     )
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal: bit for bit in one dtype, in float32 where dtypes differ."""
-    if one.shape != other.shape:
-        return False
-    if one.dtype == other.dtype:
-        return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-    return torch.equal(one.float(), other.float())
 
 
 def check_finite(delta: TensorDelta) -> None:
