@@ -1,0 +1,133 @@
+"""Kinds of request fields: numbers with a range, fields that are not there yet, stop strings, biases, prompts."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, PlainValidator, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+MAX_CHOICES = 128
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 1000
+MAX_BIAS = 100.0
+SHOWN = 60
+
+
+class Body(BaseModel):
+    """A JSON object of a request: exact types, no unknown fields, and null means absent for every field that it has."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut to a line."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """Marks an int or float field that must lie from ``low`` to ``high``; ``above``: ``low`` itself is excluded."""
+
+    low: int | float
+    high: int | float
+    above: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        kinds = (int,) if source is int else (int, float)
+
+        def check(value: Any) -> Any:
+            fits = type(value) in kinds and math.isfinite(value) and self.low <= value <= self.high
+            if not fits or (self.above and value == self.low):
+                raise PydanticCustomError("out_of_range", f"must be {self.range(source)}; got {shown(value)}")  # type: ignore[arg-type]
+            return source(value)
+
+        return core_schema.no_info_before_validator_function(check, handler(source))
+
+    def range(self, kind: type) -> str:
+        """The allowed values, in words."""
+        number = "a whole number" if kind is int else "a number"
+        bounds = f"above {self.low}, at most {self.high}" if self.above else f"from {self.low} to {self.high}"
+        return f"{number} {bounds}"
+
+
+def only(*accepted: Any) -> AfterValidator:
+    """Marks a field that OpenAI has and deltaserve has not: just the values that ask for nothing are accepted."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(known) and value == known for known in accepted):
+            choices = "".join(f", or set it to {known!r}" for known in accepted)
+            raise PydanticCustomError(
+                "not_there_yet",
+                f"is not supported; leave it out{choices}; got {shown(value)}",  # type: ignore[arg-type]
+            )
+        return value
+
+    return AfterValidator(check)
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("stop", f"must hold at most {MAX_STOPS} strings; got {len(stops)}")  # type: ignore[arg-type]
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH and _is_text(stop) for stop in stops):
+        raise PydanticCustomError("stop", f"must hold strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty")  # type: ignore[arg-type]
+    return stops
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict) or not all(_is_id(key) for key in value):
+        raise PydanticCustomError("logit_bias", "must be an object whose keys are token ids, written as whole numbers")
+    for bias in value.values():
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise PydanticCustomError(
+                "logit_bias",
+                f"must hold numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}; got {shown(bias)}",  # type: ignore[arg-type]
+            )
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def _is_id(key: Any) -> bool:
+    return isinstance(key, str) and key.isascii() and key.removeprefix("-").isdigit() and len(key) < SHOWN
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    prompts = [value] if isinstance(value, str) or _is_ids(value) else value
+    if not isinstance(prompts, list) or not all((isinstance(p, str) and _is_text(p)) or _is_ids(p) for p in prompts):
+        raise PydanticCustomError(
+            "prompt", "must be a string, a list of strings, a list of token ids, or a list of those"
+        )
+    if not 1 <= len(prompts) <= MAX_CHOICES:
+        raise PydanticCustomError("prompt", f"must hold from 1 to {MAX_CHOICES} prompts; got {len(prompts)}")  # type: ignore[arg-type]
+    return prompts
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+Stops = Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])]
+Biases = Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])]
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
