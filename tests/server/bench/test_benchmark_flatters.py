@@ -53,19 +53,24 @@ def gaps(server: FakeServer) -> list[float]:
     return [later - earlier for sent in answers(server) for earlier, later in pairwise(sent.texts)]
 
 
-def close(distribution: Distribution | None, truth_s: float, nominal_ms: float, samples: int) -> bool:
-    assert distribution is not None
-    assert distribution.samples == samples
-    assert 1000 * truth_s > nominal_ms - 1.0
-    return abs(distribution.median - 1000 * truth_s) <= TOLERANCE_MS
+def assert_close(server: FakeServer, found: Distribution | None, truth_s: float, samples: int) -> None:
+    """The median is the truth within 10 ms, and what the machine itself is late: twice, for sender and receiver."""
+    assert found is not None
+    assert found.samples == samples
+    assert found.median == pytest.approx(1000 * truth_s, abs=TOLERANCE_MS + 2000 * server.lag_s)
 
 
 def assert_plain_timing(report: Report, server: FakeServer, completed: int = 10) -> None:
-    total = report.total
-    assert close(total.ttft, median(sent.texts[0] - sent.arrived for sent in answers(server)), 200, completed)
-    assert close(total.gap, median(gaps(server)), 19, 10 * completed)
-    assert close(total.tpot, median((sent.texts[-1] - sent.texts[0]) / 10 for sent in answers(server)), 19, completed)
-    assert close(total.e2e, median(sent.texts[-1] - sent.arrived for sent in answers(server)), 400, completed)
+    total, whole = report.total, answers(server)
+    first = median(sent.texts[0] - sent.arrived for sent in whole)
+    each = median((sent.texts[-1] - sent.texts[0]) / 10 for sent in whole)
+    last = median(sent.texts[-1] - sent.arrived for sent in whole)
+    assert first >= 0.2
+    assert last >= 0.4
+    assert_close(server, total.ttft, first, completed)
+    assert_close(server, total.gap, median(gaps(server)), 10 * completed)
+    assert_close(server, total.tpot, each, completed)
+    assert_close(server, total.e2e, last, completed)
     assert total.output_tokens == 11 * completed
 
 
@@ -89,8 +94,10 @@ def test_f_benchmark_flatters_two_tokens_in_one_event() -> None:
         report = measure(server)
     total = report.total
     assert total.output_tokens == 110
-    assert close(total.tpot, median((sent.texts[-1] - sent.texts[0]) / 10 for sent in answers(server)), 19, 10)
-    assert close(total.gap, median(gaps(server)), 39, 50)
+    each = median((sent.texts[-1] - sent.texts[0]) / 10 for sent in answers(server))
+    assert_close(server, total.tpot, each, 10)
+    assert_close(server, total.gap, median(gaps(server)), 50)
+    assert median(gaps(server)) > 0.035
     assert report.as_json()["gap_per_event_ms"]["samples"] == 50
 
 
