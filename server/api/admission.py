@@ -1,4 +1,4 @@
-"""From a checked body to an admitted answer: limits that depend on the model, and one engine request for each choice."""
+"""From a checked body to an admitted answer: limits that depend on the model, one engine request for each choice."""
 
 import hashlib
 from collections.abc import AsyncIterator, Sequence
@@ -67,8 +67,8 @@ async def admit(
 ) -> Answer:
     """Submit ``body.n`` requests for each prompt: all of them, or none.
 
-    ``limit`` is the most tokens of a choice (None: what the context leaves), ``logprobs`` as in Sampling; ``continues`` says
-    that the answer goes on after the prompt's text. Raises RequestRefused, ContextTooLong, QueueFull, EngineDown,
+    ``limit`` is the most tokens of a choice (None: what the context leaves), ``logprobs`` as in Sampling; ``continues``
+    says that the answer goes on after the prompt's text. Raises RequestRefused, ContextTooLong, QueueFull, EngineDown,
     GenerationFailed.
     """
     vocabulary = engine.vocab_size if served.version is None else max(engine.vocab_size, served.tokeniser.vocabulary)
@@ -123,8 +123,8 @@ def token_limit(prompt_tokens: int, context: int, limit: int | None) -> int:
         raise RequestRefused("The prompt is empty; send at least one token", "prompt")
     if prompt_tokens >= context and limit != 0:
         raise ContextTooLong(
-            f"The model's context is {context} tokens, prompt and answer together; the prompt alone has {prompt_tokens}. "
-            f"Shorten it to at most {context - 1}",
+            f"The model's context is {context} tokens, prompt and answer together; the prompt alone has "
+            f"{prompt_tokens}. Shorten it to at most {context - 1}",
             "prompt",
         )
     room = context - prompt_tokens

@@ -25,7 +25,8 @@ class TokenStream(Protocol):
 class Piece:
     """Text that follows the pieces before, and the tokens it came with; ``offsets`` are where each begins in the text.
 
-    The last piece has a ``finish_reason``. Tokens of held-back text come with a later piece, at the latest with the last.
+    The last piece has a ``finish_reason``. Tokens of held-back text come with a later
+    piece, at the latest with the last.
     """
 
     text: str

@@ -1,8 +1,8 @@
 """From token ids to text, one token at a time, without ever showing part of a character.
 
-Each token stands for some bytes of UTF-8, which may be part of a character; an incremental UTF-8 decoder keeps an unfinished
-character back until it is complete. Bytes that are no UTF-8 come out as U+FFFD as soon as that is certain. Bytes of a character
-that is unfinished when the answer ends are dropped, streaming or not.
+Each token stands for some bytes of UTF-8, which may be part of a character; an incremental UTF-8 decoder keeps an
+unfinished character back until it is complete. Bytes that are no UTF-8 come out as U+FFFD as soon as that is certain.
+Bytes of a character that is unfinished when the answer ends are dropped, streaming or not.
 """
 
 import codecs

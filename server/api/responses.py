@@ -23,7 +23,7 @@ class Usage(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token with its log-probability in nats; ``bytes`` are those of its UTF-8 text, which may be part of a character."""
+    """A token with its log-probability in nats; ``bytes`` are those of its text, which may be part of a character."""
 
     token: str
     logprob: float
@@ -113,7 +113,7 @@ class Completion(BaseModel):
 
 
 class Model(BaseModel):
-    """A name that ``model`` may be. ``root`` and ``parent`` are the base's name, ``parent`` null for the base itself."""
+    """A name that ``model`` may be. ``root`` and ``parent`` are the base's name; the base itself has no parent."""
 
     id: str
     object: Literal["model"] = "model"

@@ -2,10 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
-
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.server.api.fields import MAX_CHOICES, Between, Biases, Body, Prompts, Stops, only
+from pydantic import BeforeValidator, Field, model_validator
 
 INT64 = 2**63
 ANY_COUNT = 2**53
@@ -23,13 +22,13 @@ class Generation(Body):
 
     model: str
     n: Annotated[int, Between(1, MAX_CHOICES)] = 1
-    stop: Stops = []
+    stop: Stops = Field(default_factory=list)
     seed: Annotated[int, Between(-INT64, INT64 - 1)] | None = None
     temperature: Annotated[float, Between(0, 2)] = 1.0
     top_p: Annotated[float, Between(0, 1, above=True)] = 1.0
     presence_penalty: Annotated[float, Between(-2, 2)] = 0.0
     frequency_penalty: Annotated[float, Between(-2, 2)] = 0.0
-    logit_bias: Biases = {}
+    logit_bias: Biases = Field(default_factory=dict)
     max_tokens: Annotated[int, Between(0, ANY_COUNT)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -4,9 +4,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import State
-
 from deltaserve.delta_store.errors import (
     ArtifactError,
     CorruptArtifact,
@@ -17,11 +14,13 @@ from deltaserve.delta_store.errors import (
 from deltaserve.delta_store.registry import Registered
 from deltaserve.server.api.tokenisers import Tokeniser, Tokenisers
 from deltaserve.server.engine.requests import Version
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A name with its version (None: the base) and tokeniser. ``held`` keeps the version's file there until it is closed."""
+    """A name with its version (None: the base) and tokeniser; ``held`` keeps the version's file there until closed."""
 
     name: str
     version: Version | None

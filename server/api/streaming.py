@@ -7,11 +7,10 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, Self, TypeVar
 
+from deltaserve.server.api.errors import described
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
-
-from deltaserve.server.api.errors import described
 
 SLOW_READER_SECONDS = 30.0
 CLIENT_LEFT = 499
@@ -20,7 +19,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class ReaderTooSlow(Exception):
+class SlowReaderError(Exception):
     """The client keeps the connection open and does not read."""
 
 
@@ -49,8 +48,8 @@ async def _left(receive: Receive) -> None:
 class EventStream(Response):
     """A response of ``data:`` events; the last one is ``[DONE]``, or an error object after a failure.
 
-    ``release`` is called when the stream has ended, however it did. The next event is made when the one before was taken by
-    the connection; a client that takes nothing for ``SLOW_READER_SECONDS`` is dropped.
+    ``release`` is called when the stream has ended, however it did. The next event is made once the connection took
+    the one before; a client that takes nothing for ``SLOW_READER_SECONDS`` is dropped.
     """
 
     media_type = "text/event-stream"
@@ -79,7 +78,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._send_all(send))
-        except ReaderTooSlow:
+        except SlowReaderError:
             log.warning("Dropped a client that read nothing for %g s", SLOW_READER_SECONDS)
         finally:
             self._release()
@@ -97,7 +96,7 @@ async def _in_time(send: Send, message: dict[str, Any]) -> None:
         async with asyncio.timeout(SLOW_READER_SECONDS):
             await send(message)
     except TimeoutError as error:
-        raise ReaderTooSlow from error
+        raise SlowReaderError from error
 
 
 async def _events(first: BaseModel, chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[bytes]:

@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template that a version answers with: its own where its artifact brings them, else the base's."""
+"""The tokenizer and chat template of a version: its own where its artifact brings them, else the base's."""
 
 import json
 import tempfile
@@ -8,27 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltaserve.delta_store.codec.artifact import open_artifact
+from deltaserve.delta_store.errors import RequestRefused, UnsupportedArtifact
+from deltaserve.delta_store.variant_files import VARIANT_FILES
+from deltaserve.server.api.detokenise import TokenBytes
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from deltaserve.delta_store.codec.artifact import open_artifact
-from deltaserve.delta_store.errors import RequestRefused, UnsupportedArtifact
-from deltaserve.server.api.detokenise import TokenBytes
-
 KEPT = 64
 TEMPLATE_FILE = "chat_template.jinja"
-FILES = frozenset(
-    {
-        "added_tokens.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-        TEMPLATE_FILE,
-    }
-)
+FILES = frozenset(VARIANT_FILES) - {"generation_config.json"}
 
 
 class Tokeniser:
@@ -87,7 +76,8 @@ class Tokenisers:
             return self._kept[digest]
 
     def _read(self, artifact: Path) -> Tokeniser:
-        files = {name: data for name, data in open_artifact(artifact).files.items() if name in FILES}
+        opened = open_artifact(artifact)
+        files = {name: data for name, data in opened.files.items() if name in FILES}
         return Tokeniser(overlaid(self._base_tokenizer, files)) if files else self.base
 
 
