@@ -1,7 +1,9 @@
 """``deltaserve serve``: load the base and answer over HTTP. Every setting is a flag."""
 
 import logging
+import signal
 import socket
+import sys
 from inspect import Parameter, Signature
 from typing import Annotated, Any
 
@@ -32,6 +34,8 @@ def command(**flags: Any) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
     with bound(settings.host, settings.port) as listener:
         config = uvicorn.Config(create_app(settings), log_level=settings.log_level, timeout_graceful_shutdown=30)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(0))  # uvicorn raises it again once all is shut down
         Server(config).run(sockets=[listener])
 
 
