@@ -1,0 +1,244 @@
+"""The engine: one resident base, variants applied per request, tokens out."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.codec.artifact import Artifact
+from deltaserve.delta_store.errors import (
+    CheckpointError,
+    ContextTooLong,
+    EngineDown,
+    EngineError,
+    OptionError,
+    QueueFull,
+    RequestRefused,
+    UnsupportedArtifact,
+    UnsupportedCheckpoint,
+)
+from deltaserve.delta_store.fingerprint import fingerprint
+from deltaserve.kernels.dispatch import backend
+from deltaserve.kernels.segments import BASE
+from deltaserve.server.engine import attention, sampler
+from deltaserve.server.engine.bank import Bank, Ticket
+from deltaserve.server.engine.continuous_batching import Batching, Job
+from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
+from deltaserve.server.engine.requests import Sampling, Version
+from deltaserve.server.engine.routing import Routing
+from deltaserve.server.engine.stream import Stream
+from deltaserve.server.engine.wrapped import Fitted, VersionDeltas, WrappedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """How large the engine is. ``context`` None is the model's own, ``threads`` None the numeric libraries' own choice.
+
+    ``cache_tokens`` are shared by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and
+    ``bank_slots`` bound the variants in memory.
+    """
+
+    dtype: str = "float32"
+    backend: str = "auto"
+    bank_bytes: int = 2**30
+    bank_slots: int = 64
+    cache_tokens: int = 16384
+    context: int | None = None
+    max_running: int = 32
+    max_waiting: int = 256
+    batch_tokens: int = 512
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How many tensors of an artifact apply here, of how many."""
+
+    applied: int
+    total: int
+
+
+class Engine:
+    """Loads the base (a checkpoint that ``open_checkpoint`` opens) and wraps its layers; ``start`` makes it take requests.
+
+    ``load`` replaces the reading of artifacts, for tests. Raises CheckpointError, OptionError.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        *,
+        limits: EngineLimits | None = None,
+        profile_path: ProfilePath | None = None,
+        load: Callable[[Version], VersionDeltas] | None = None,
+    ) -> None:
+        self.limits = limits = limits or EngineLimits()
+        if limits.threads is not None:
+            torch.set_num_threads(limits.threads)
+        checkpoint = open_checkpoint(base)
+        model = _load_model(checkpoint, limits.dtype)
+        self.tokenizer = _load_tokenizer(checkpoint)
+        self.fingerprint = fingerprint(checkpoint)
+        self.context_length = _context(model, limits)
+        self.stop_ids = _stop_ids(model, self.tokenizer)
+        routing = Routing()
+        self._wrapped = WrappedModel(model, routing, limits.bank_slots, backend(limits.backend), tied=checkpoint.tied)
+        self.vocab_size = self._wrapped.vocabulary
+        self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path)
+        load = load or self._artifacts
+        self.bank = Bank(
+            self._wrapped, limits.bank_slots, limits.bank_bytes, lambda version: self._wrapped.fit(load(version))
+        )
+        self._batching = Batching(
+            model,
+            routing,
+            cache_tokens=limits.cache_tokens,
+            batch_tokens=limits.batch_tokens,
+            running=limits.max_running,
+        )
+        self._entering = 0
+
+    def start(self) -> None:
+        """Start the generation thread and have it answer once. Raises UnsupportedCheckpoint where the base cannot run here."""
+        self._batching.start()
+        with ThreadPoolExecutor(1) as pool:  # for the event loop of this thread may be running
+            try:
+                pool.submit(asyncio.run, self._answer_once()).result()
+            except EngineError as error:
+                self.stop()
+                raise UnsupportedCheckpoint(f"The base cannot run in continuous batches: {error}") from error
+
+    def stop(self) -> None:
+        """Stop generating and loading; what still runs fails with GenerationFailed. Cannot be started again."""
+        self._batching.halt(STOP_SECONDS)
+        self.bank.close()
+
+    def ready(self) -> bool:
+        """Whether requests are taken now."""
+        return self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why no request is taken, None if they are."""
+        if self._batching.failure is None and not self._batching.is_running():
+            return "The generation thread is gone"
+        return self._batching.failure
+
+    @property
+    def requests(self) -> int:
+        """Requests that are running or waiting."""
+        return self._entering + len(self._batching.router.jobs)
+
+    async def submit(self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling) -> Stream:
+        """Start a request for a variant's version, or for the base, and return its tokens as a stream.
+
+        Waits until the variant is in memory. Before the first token it raises RequestRefused, ContextTooLong, QueueFull,
+        EngineDown, and ArtifactError where the variant cannot be loaded.
+        """
+        self._check_size(prompt_ids, sampling)
+        if version is None:
+            return self._begin(prompt_ids, None, None, sampling)
+        self._entering += 1
+        ticket = self.bank.hold(version)
+        try:
+            resident = await asyncio.wrap_future(ticket.future)
+            return self._begin(prompt_ids, ticket, resident.fitted, sampling)
+        except BaseException:  # refused, or given up waiting: asyncio's CancelledError is no Exception
+            self.bank.let_go(ticket)
+            raise
+        finally:
+            self._entering -= 1
+
+    def forget(self, digest: str) -> None:
+        """Free a version's memory, now or when its last request is over."""
+        self.bank.forget(digest)
+
+    def check_fits(self, artifact: Artifact) -> Fit:
+        """The receipt for an artifact. Raises BaseMismatch, UnsupportedArtifact where it does not apply whole or not at all."""
+        self._artifacts.check_base(artifact)
+        if not artifact.names:
+            raise UnsupportedArtifact(
+                f"{artifact.path} changes nothing: it holds no tensor that differs from the base's"
+            )
+        self._wrapped.check({name: artifact.specs(name)[0].shape for name in artifact.names})
+        return Fit(len(artifact.names), len(artifact.names))
+
+    def _check_size(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        if not prompt_ids:
+            raise RequestRefused("The prompt is empty; give at least one token", param="prompt")
+        sampler.check(sampling)
+        wanted = len(prompt_ids) + sampling.max_tokens
+        if wanted > self.context_length:
+            raise ContextTooLong(
+                f"The context holds {self.context_length} tokens; the prompt has {len(prompt_ids)} and max_tokens is "
+                f"{sampling.max_tokens}, together {wanted}. Shorten the prompt or lower max_tokens",
+                param="max_tokens" if len(prompt_ids) < self.context_length else "prompt",
+            )
+        if (room := self.limits.max_running + self.limits.max_waiting) <= self.requests:
+            raise QueueFull(f"{room} requests are running or waiting, and no more may; try again later")
+        if (failure := self.failure) is not None:
+            raise EngineDown(failure)
+
+    def _begin(
+        self, prompt_ids: Sequence[int], ticket: Ticket | None, fitted: Fitted | None, sampling: Sampling
+    ) -> Stream:
+        vocabulary = fitted.vocabulary if fitted is not None else self.vocab_size
+        sampler.check_ids("prompt", prompt_ids, vocabulary)
+        sampler.check_ids("logit_bias", sampling.logit_bias, vocabulary)
+        stop_ids = self.stop_ids if fitted is None or fitted.stop_ids is None else fitted.stop_ids
+        chooser = sampler.Chooser(sampling, prompt_ids, stop_ids)
+        stream = Stream(asyncio.get_running_loop(), lambda: self._batching.cancel(job))
+        job = Job(
+            digest=ticket.version.digest if ticket is not None else "",
+            slot=ticket.future.result().slot if ticket is not None else BASE,
+            prompt=tuple(prompt_ids),
+            chooser=chooser,
+            stream=stream,
+            release=(lambda: self.bank.let_go(ticket)) if ticket is not None else (lambda: None),
+        )
+        self._batching.take(job)
+        return stream
+
+    async def _answer_once(self) -> None:
+        async for _ in await self.submit([0], None, Sampling(max_tokens=1, temperature=0)):
+            pass
+
+
+def _load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
+    config = model.config.get_text_config()
+    if (feature := attention.unsupported(config)) is not None:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.folder} ({type(model).__name__}) uses {feature}, which is not supported yet"
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.folder} has no tokenizer that can be loaded: {error}") from error
+
+
+def _context(model: PreTrainedModel, limits: EngineLimits) -> int:
+    """The longest prompt and answer: what the model was made for, the limit set, and the cache allow."""
+    own: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limits.context is not None and own is not None and limits.context > own:
+        raise OptionError(f"context is {limits.context}, but the model has positions for {own} tokens; lower it")
+    return min(length for length in (limits.context, own, limits.cache_tokens) if length is not None)
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The end-of-sequence tokens of generation config and tokenizer."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [configured] if isinstance(configured, int) else list(configured or ())
+    return frozenset([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])

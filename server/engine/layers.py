@@ -1,0 +1,198 @@
+"""Delta-aware twins of a model's layers: the base's own forward, then the deltas of the rows that are a variant's.
+
+A module becomes its twin in place, by taking a subclass of its own class: it keeps its name, its parameters (shared, not
+copied) and its forward, which runs untouched while no row of the step belongs to a variant.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deltaserve.kernels import reference
+from deltaserve.kernels.dispatch import Backend
+from deltaserve.kernels.parts import Delta
+from deltaserve.kernels.segments import Segments
+from deltaserve.server.engine.routing import Rows
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.pytorch_utils import Conv1D
+
+Prepared = Any
+"""A delta as a layer keeps it: in the backend's layout for a matrix, float32 ``[n]`` for a bias or norm."""
+
+
+class DeltaLinear(nn.Module):
+    """A linear layer (or GPT-2's Conv1D): ``y = base(x) + x @ delta.T + bias delta`` on the rows of variants.
+
+    ``x`` is ``[1, rows, in]`` whenever a row is a variant's.
+    """
+
+    rows: Rows
+    backend: Backend
+    weights: list[Prepared | None]
+    biases: list[Tensor | None]
+
+    def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
+        self.rows, self.backend = rows, backend
+        self.weights, self.biases = [None] * slots, [None] * slots
+
+    def shape_of(self, parameter: str) -> tuple[int, ...]:
+        """The parameter's shape as deltas have it: a weight is ``[out, in]``, also where the module keeps ``[in, out]``."""
+        shape = tuple(self.get_parameter(parameter).shape)
+        return shape[::-1] if isinstance(self, Conv1D) else shape
+
+    def prepare(self, delta: Delta) -> Prepared:
+        return reference.unpack(delta) if len(delta.shape) == 1 else self.backend.prepare(delta)
+
+    def install(self, parameter: str, slot: int, prepared: Prepared | None) -> None:
+        (self.weights if parameter == "weight" else self.biases)[slot] = prepared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        segments = self.rows.segments
+        return y if segments is None else self.add_deltas(x[0], y[0], segments)[None]
+
+    def add_deltas(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+        """``y`` ``[rows, out]``, changed in place where rows are a variant's."""
+        self.backend.delta_linear_(y, x, self.weights, segments)
+        for slot, rows in segments.rows.items():
+            if (bias := self.biases[slot]) is not None:
+                y[rows] = (y[rows].float() + bias).to(y.dtype)
+        return y
+
+
+class DeltaHead(DeltaLinear):
+    """The output head. A variant's added vocabulary makes the logits wider: -inf for everybody else."""
+
+    def add_deltas(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+        own = y.shape[1]
+        widths = {slot: weights.shape[0] for slot in segments.rows if (weights := self.weights[slot]) is not None}
+        if (extra := max(widths.values(), default=own) - own) > 0:
+            y = pad(y, (0, extra), value=-math.inf)
+            for slot, width in widths.items():
+                y[segments.rows[slot], own:width] = 0
+        return super().add_deltas(x, y, segments)
+
+
+class DeltaEmbedding(nn.Module):
+    """An embedding. Ids beyond the base's rows are a variant's added vocabulary: there the base's row counts as zero."""
+
+    rows: Rows
+    backend: Backend
+    weights: list[Prepared | None]
+    num_embeddings: int
+
+    adopt = DeltaLinear.adopt
+    biases: list[Tensor | None]
+
+    def shape_of(self, parameter: str) -> tuple[int, ...]:
+        return tuple(self.get_parameter(parameter).shape)
+
+    def prepare(self, delta: Delta) -> Prepared:
+        return self.backend.prepare(delta)
+
+    def install(self, parameter: str, slot: int, prepared: Prepared | None) -> None:
+        self.weights[slot] = prepared
+
+    def forward(self, ids: Tensor) -> Tensor:
+        segments = self.rows.segments
+        if segments is None:
+            return super().forward(ids)  # type: ignore[misc,no-any-return]
+        flat = ids[0].long()
+        y: Tensor = super().forward(flat.clamp(max=self.num_embeddings - 1))  # type: ignore[misc]
+        y[flat >= self.num_embeddings] = 0
+        self.backend.delta_embedding_(y, flat, self.weights, segments)
+        return y[None]
+
+
+class DeltaNorm(nn.Module):
+    """A norm of any family: one whose parameters are vectors and whose forward takes one tensor.
+
+    ``tables[parameter]`` ``[slots + 1, n]`` holds each variant's own vector and, last, the base's. Most families only multiply by
+    the weight, so all rows run at once with a vector each; the others (LayerNorm's fused kernel) run once a variant.
+    """
+
+    rows: Rows
+    tables: dict[str, Tensor]
+    takes_a_vector_each_row: bool
+
+    def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
+        self.rows = rows
+        vectors = {name: vector.detach() for name, vector in self.named_parameters()}
+        self.takes_a_vector_each_row = _takes_a_vector_each_row(super().forward, self, vectors)
+        self.tables = {name: vector.repeat(slots + 1, 1) for name, vector in vectors.items()}
+
+    def shape_of(self, parameter: str) -> tuple[int, ...]:
+        return tuple(self.get_parameter(parameter).shape)
+
+    def prepare(self, delta: Delta) -> Tensor:
+        return reference.unpack(delta)
+
+    def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
+        table = self.tables[parameter]
+        table[slot] = table[-1] if prepared is None else (table[-1].float() + prepared.to(table.device)).to(table.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        segments = self.rows.segments
+        if segments is None:
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        if self.takes_a_vector_each_row:
+            vectors = {name: _spread(table[self.rows.slots], x[0]) for name, table in self.tables.items()}
+            return _with_parameters(self, vectors, super().forward, x[0])[None]  # type: ignore[misc]
+        y: Tensor = super().forward(x)  # type: ignore[misc]
+        for slot, rows in segments.rows.items():
+            vectors = {name: table[slot] for name, table in self.tables.items()}
+            y[0, rows] = _with_parameters(self, vectors, super().forward, x[0, rows])  # type: ignore[misc]
+        return y
+
+
+DeltaLayer = DeltaLinear | DeltaEmbedding | DeltaNorm
+
+
+def twin_of(module: nn.Module, *, is_head: bool = False) -> type | None:
+    """Which twin a module can become; None if there is none for its kind."""
+    if type(module) in (nn.Linear, Conv1D):
+        return DeltaHead if is_head else DeltaLinear
+    if type(module) is nn.Embedding:
+        return DeltaEmbedding
+    parameters = dict(module.named_parameters())
+    is_norm = bool(parameters) and all(name in ("weight", "bias") and p.ndim == 1 for name, p in parameters.items())
+    return DeltaNorm if is_norm and len(inspect.signature(module.forward).parameters) == 1 else None
+
+
+def become(module: nn.Module, twin: type, rows: Rows, slots: int, backend: Backend) -> None:
+    """Turn ``module`` into its twin, in place."""
+    module.__class__ = type(f"Delta{type(module).__name__}", (twin, type(module)), {})
+    module.adopt(rows, slots, backend)  # type: ignore[operator]
+
+
+def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
+    """Whether two rows with a vector each come out, bit for bit, as the same rows would with one vector each at a time."""
+    x = torch.linspace(-1, 1, 2 * vectors["weight"].numel()).view(2, -1).to(vectors["weight"])
+    each = {name: torch.stack([vector, vector + 1]) for name, vector in vectors.items()}
+    try:
+        together = _with_parameters(norm, each, forward, x)
+    except (RuntimeError, ValueError):
+        return False
+    alone = [_with_parameters(norm, {n: v[i] for n, v in each.items()}, forward, x[i : i + 1]) for i in range(2)]
+    return torch.equal(together, torch.cat(alone))
+
+
+def _with_parameters(
+    module: nn.Module, vectors: dict[str, Tensor], forward: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """``forward(x)`` as if these were the module's parameters; only the generation thread runs the model."""
+    own = dict(module._parameters)
+    module._parameters.update(vectors)  # type: ignore[arg-type]
+    try:
+        with torch.no_grad():
+            return forward(x)
+    finally:
+        module._parameters.update(own)
+
+
+def _spread(vectors: Tensor, like: Tensor) -> Tensor:
+    """``[rows, n]`` as ``[rows, 1, .., n]``: heads of a row share its vector."""
+    return vectors.view(len(vectors), *[1] * (like.ndim - 2), -1)

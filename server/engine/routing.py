@@ -1,0 +1,48 @@
+"""Which rows of the running step belong to which slot of the bank; every delta-aware layer looks here."""
+
+from collections.abc import Sequence
+
+from deltaserve.kernels.segments import BASE, Segments
+from torch import Tensor
+
+
+class Rows:
+    """The rows that one kind of layer sees. ``segments`` is None while none of them is a variant's.
+
+    ``slots`` int64 ``[rows]`` is the slot of each row, ``BASE`` for the base's; it means nothing while ``segments`` is None.
+    """
+
+    __slots__ = ("segments", "slots")
+
+    def __init__(self) -> None:
+        self.segments: Segments | None = None
+        self.slots: Tensor
+
+    def assign(self, lengths: Sequence[int], slots: Sequence[int]) -> None:
+        """Runs of ``lengths`` consecutive rows belong to ``slots``."""
+        if all(slot == BASE for slot in slots):
+            self.segments = None
+            return
+        segments = Segments.of(lengths, slots)
+        self.slots = segments.slot_of_row()
+        self.segments = segments
+
+
+class Routing:
+    """``tokens``: a row for each token of the step. ``logits``: a row for each request, which is all the head sees."""
+
+    __slots__ = ("logits", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = Rows()
+        self.logits = Rows()
+
+    def assign(self, lengths: Sequence[int], slots: Sequence[int], wants_token: Sequence[bool]) -> None:
+        """One entry a request, in flat order: how many rows it has, whose it is, whether its last row gives a token.
+
+        The head gets one row a request; those of requests that want no token come last and are nobody's.
+        """
+        self.tokens.assign(lengths, slots)
+        wanted = [slot for slot, wants in zip(slots, wants_token, strict=True) if wants]
+        idle = len(slots) - len(wanted)
+        self.logits.assign([1] * len(slots), wanted + [BASE] * idle)

@@ -1,0 +1,113 @@
+"""A model whose layers know deltas: which parameters can have one, and whole variants going in and out of slots."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from deltaserve.delta_store.errors import UnsupportedArtifact
+from deltaserve.kernels.dispatch import Backend
+from deltaserve.kernels.parts import Delta
+from deltaserve.server.engine.layers import DeltaLayer, Prepared, become, twin_of
+from deltaserve.server.engine.routing import Routing
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class VersionDeltas:
+    """What an artifact holds for this base: deltas by parameter name, and whether its head follows its embedding.
+
+    ``stop_ids``: its own end-of-sequence tokens, None where they are the base's.
+    """
+
+    deltas: Iterable[tuple[str, Delta]]
+    tied_head: bool
+    stop_ids: frozenset[int] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """A version's deltas in the layout of the layers. ``vocabulary`` counts the token ids that it knows."""
+
+    prepared: Mapping[str, Prepared]
+    nbytes: int
+    vocabulary: int
+    stop_ids: frozenset[int] | None
+
+
+class WrappedModel:
+    """Turns the layers of ``model`` into their twins, with ``slots`` places for variants.
+
+    ``tied``: input embedding and output head of the base are one matrix. ``shapes`` are those of the parameters that can have a
+    delta, by their names in the model's state dict.
+    """
+
+    def __init__(self, model: PreTrainedModel, routing: Routing, slots: int, backend: Backend, *, tied: bool) -> None:
+        self.tied = tied
+        self._embedding, self._head = _weight_names(model)
+        self._layers: dict[str, tuple[DeltaLayer, str]] = {}
+        body = f"{model.base_model_prefix}."
+        keeps_few = bool(model._supports_logits_to_keep())
+        for name, module in list(model.named_modules()):
+            if (twin := twin_of(module, is_head=f"{name}.weight" == self._head)) is None:
+                continue
+            rows = routing.tokens if name.startswith(body) or not keeps_few else routing.logits
+            become(module, twin, rows, slots, backend)
+            for parameter, _ in module.named_parameters():
+                self._layers[f"{name}.{parameter}"] = (module, parameter)  # type: ignore[assignment]
+        self.shapes = {name: layer.shape_of(parameter) for name, (layer, parameter) in self._layers.items()}
+        self.vocabulary = self.shapes[self._embedding][0]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UnsupportedArtifact for deltas of these names and shapes that do not fit the model."""
+        if unknown := sorted(shapes.keys() - self.shapes.keys()):
+            raise UnsupportedArtifact(
+                f"No layer of this base can take a delta of {', '.join(unknown[:5])}{' ...' if unknown[5:] else ''} "
+                f"({len(unknown)} of {len(shapes)} tensors): these parameters or their kind of layer are not supported"
+            )
+        for name, shape in shapes.items():
+            own = self.shapes[name]
+            grows = name in (self._embedding, self._head) and shape[0] > own[0] and shape[1:] == own[1:]
+            if shape != own and not grows:
+                raise UnsupportedArtifact(
+                    f"The delta of {name} has shape {list(shape)}, the base's parameter {list(own)}"
+                )
+
+    def fit(self, version: VersionDeltas) -> Fitted:
+        """Bring a version into the layers' layout, one tensor at a time. Raises UnsupportedArtifact."""
+        prepared: dict[str, Prepared] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, delta in version.deltas:
+            self.check({name: delta.shape})
+            prepared[name] = self._layers[name][0].prepare(delta)
+            shapes[name] = delta.shape
+        nbytes = sum(_nbytes(values) for values in prepared.values())
+        if self.tied and version.tied_head and self._embedding in prepared:
+            prepared[self._head] = prepared[self._embedding]
+            shapes[self._head] = shapes[self._embedding]
+        vocabulary = shapes.get(self._embedding, self.shapes[self._embedding])[0]
+        if vocabulary > self.vocabulary and shapes.get(self._head, (0,))[0] != vocabulary:
+            raise UnsupportedArtifact(
+                f"{self._embedding} has {vocabulary} rows and {self._head} has not; both must grow"
+            )
+        return Fitted(prepared, nbytes, vocabulary, version.stop_ids)
+
+    def install(self, slot: int, fitted: Fitted) -> None:
+        """Put a version into a slot that no running request uses; safe while the model runs."""
+        for name, prepared in fitted.prepared.items():
+            layer, parameter = self._layers[name]
+            layer.install(parameter, slot, prepared)
+
+    def clear(self, slot: int) -> None:
+        """Forget what is in a slot that no running request uses; safe while the model runs."""
+        for layer, parameter in self._layers.values():
+            layer.install(parameter, slot, None)
+
+
+def _weight_names(model: PreTrainedModel) -> tuple[str, str]:
+    """The names of the input embedding's and the output head's weights."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return tuple(f"{names[id(m)]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))  # type: ignore[return-value]
+
+
+def _nbytes(prepared: Prepared) -> int:
+    return prepared.nbytes if isinstance(prepared, Tensor) else int(prepared.nbytes)
