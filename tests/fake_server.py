@@ -109,7 +109,9 @@ async def _answer(script: Script, sent: Sent, chat: bool, fails: bool) -> AsyncI
 
 
 async def _until(moment: float) -> None:
-    await asyncio.sleep(max(0.0, moment - time.perf_counter()))
+    """Not a moment earlier, as ``asyncio.sleep`` alone may be."""
+    while (wait := moment - time.perf_counter()) > 0:
+        await asyncio.sleep(wait)
 
 
 def application(server: FakeServer) -> FastAPI:
