@@ -75,7 +75,7 @@ class Artifact:
 
     def restore(self, name: str, base: Tensor) -> Tensor:
         """The fine-tune's tensor of a lossless delta, bit for bit, in its own dtype. ``base`` as for ``delta``."""
-        (spec,) = self.specs(name)
+        spec = self.specs(name)[0]
         if not isinstance(spec, XorSpec):
             raise UnsupportedArtifact(
                 f"{self.path}: {name} is stored as {spec.kind}, from which no bits can be restored"

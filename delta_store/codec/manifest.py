@@ -21,7 +21,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Manifest(Model):
     """``base`` is the base's fingerprint, ``profile`` the digest of the profile that weighted masks use.
 
-    ``parts`` is the table that tensors' keys point into. ``tied_head``: the output head is the embedding, delta included.
+    ``parts`` is the table that tensors' keys point into. ``tied_head``: the output head follows the embedding.
     """
 
     format_version: Literal[1] = 1

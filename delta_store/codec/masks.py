@@ -21,7 +21,7 @@ UNIFORM, WEIGHTED = 0, 1
 PRODUCT_LIMIT = 1 << 62
 """Total weight times kept columns stays below this, so that no product or sum leaves int64."""
 
-DRAWS_AT_ONCE = 1 << 20
+DRAWS_AT_ONCE = 1 << 16
 """Bounds the memory of a draw: about 100 bytes for each."""
 
 

@@ -24,7 +24,7 @@ def squeeze(numbers: NDArray[Any], level: int) -> bytes:
 
 
 def expand(data: bytes, count: int, dtype: Any) -> NDArray[Any]:
-    """The ``count`` unsigned integers of ``dtype`` that ``squeeze`` stored. Raises CorruptArtifact where it stored others."""
+    """The ``count`` integers of ``dtype`` that were squeezed. Raises CorruptArtifact where they were others."""
     dtype = np.dtype(dtype).newbyteorder("<")
     planes = np.frombuffer(_decompress(data, count * dtype.itemsize), np.uint8).reshape(dtype.itemsize, count)
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
