@@ -1,7 +1,7 @@
 """From a checked body to an admitted answer: limits that depend on the model, one engine request for each choice."""
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -25,7 +25,7 @@ class Answer:
         self.choices = choices
         self._prompts = prompts
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """Each choice's pieces with its index, as they come."""
         async with aclosing(merged([choice.next_piece for choice in self.choices])) as merging:
             async for indexed in merging:

@@ -47,7 +47,7 @@ class Between:
         def check(value: Any) -> Any:
             fits = type(value) in kinds and math.isfinite(value) and self.low <= value <= self.high
             if not fits or (self.above and value == self.low):
-                raise PydanticCustomError("out_of_range", f"must be {self.range(source)}; got {shown(value)}")  # type: ignore[arg-type]
+                raise PydanticCustomError("out_of_range", f"must be {self.range(source)}; got {shown(value)}")
             return source(value)
 
         return core_schema.no_info_before_validator_function(check, handler(source))
@@ -67,7 +67,7 @@ def only(*accepted: Any) -> AfterValidator:
             choices = "".join(f", or set it to {known!r}" for known in accepted)
             raise PydanticCustomError(
                 "not_there_yet",
-                f"is not supported; leave it out{choices}; got {shown(value)}",  # type: ignore[arg-type]
+                f"is not supported; leave it out{choices}; got {shown(value)}",
             )
         return value
 
@@ -79,9 +79,9 @@ def _stops(value: Any) -> list[str]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise PydanticCustomError("stop", "must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
-        raise PydanticCustomError("stop", f"must hold at most {MAX_STOPS} strings; got {len(stops)}")  # type: ignore[arg-type]
+        raise PydanticCustomError("stop", f"must hold at most {MAX_STOPS} strings; got {len(stops)}")
     if not all(0 < len(stop) <= MAX_STOP_LENGTH and _is_text(stop) for stop in stops):
-        raise PydanticCustomError("stop", f"must hold strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty")  # type: ignore[arg-type]
+        raise PydanticCustomError("stop", f"must hold strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty")
     return stops
 
 
@@ -92,7 +92,7 @@ def _biases(value: Any) -> dict[int, float]:
         if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
             raise PydanticCustomError(
                 "logit_bias",
-                f"must hold numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}; got {shown(bias)}",  # type: ignore[arg-type]
+                f"must hold numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}; got {shown(bias)}",
             )
     return {int(key): float(bias) for key, bias in value.items()}
 
@@ -108,7 +108,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
             "prompt", "must be a string, a list of strings, a list of token ids, or a list of those"
         )
     if not 1 <= len(prompts) <= MAX_CHOICES:
-        raise PydanticCustomError("prompt", f"must hold from 1 to {MAX_CHOICES} prompts; got {len(prompts)}")  # type: ignore[arg-type]
+        raise PydanticCustomError("prompt", f"must hold from 1 to {MAX_CHOICES} prompts; got {len(prompts)}")
     return prompts
 
 
