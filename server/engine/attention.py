@@ -14,13 +14,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "deltaserve"
 
 GROWTH, SLACK = 1.5, 32
-"""Decoding requests share a call while the longest has at most GROWTH x the keys of the shortest, plus SLACK: a call a layer
+"""Decoding requests share a call while the longest has at most GROWTH x the keys of the shortest, plus SLACK: a call
 costs as much as some dozens of padded keys."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decodes:
-    """Requests with one query row each: ``rows`` int64 ``[n]`` of the queries; from key row ``start`` on, ``keys`` for each.
+    """Requests with one query each, at ``rows`` int64 ``[n]``; from key row ``start`` on, ``keys`` rows for each.
 
     ``mask`` bool ``[n, 1, 1, keys]`` is False on padding, None where there is none.
     """
@@ -33,7 +33,7 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
-    """One request with several query rows, the last of which sees all of its keys; ``mask`` bool ``[queries, keys]``."""
+    """One request with several queries, the last of which sees all keys; ``mask`` bool ``[queries, keys]``."""
 
     queries: slice
     keys: slice
@@ -124,18 +124,21 @@ def attend(
 ) -> tuple[Tensor, None]:
     """An attention function as transformers' models call it; without ``spans`` it is transformers' sdpa.
 
-    ``query`` ``[1, heads, queries, width]``, ``key`` and ``value`` ``[1, key heads, keys, width]`` laid out as ``spans`` says.
-    Returns ``[1, queries, heads, width]``.
+    ``query`` ``[1, heads, queries, width]``, ``key`` and ``value`` ``[1, key heads, keys, width]`` laid out as
+    ``spans`` says. Returns ``[1, queries, heads, width]``.
     """
     if spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return plain
     heads, key_heads = query.shape[1], key.shape[1]
     out = query.new_empty(query.shape[2], heads, value.shape[3])
     for group in spans.decodes:
         n = len(group.rows)
         taken = slice(group.start, group.start + n * group.keys)
-        k = key[0, :, taken].unflatten(1, (n, group.keys)).transpose(0, 1)
-        v = value[0, :, taken].unflatten(1, (n, group.keys)).transpose(0, 1)
+        k = key[0, :, taken].view(key_heads, n, group.keys, -1).transpose(0, 1)
+        v = value[0, :, taken].view(key_heads, n, group.keys, -1).transpose(0, 1)
         # The query heads that share a key head become the rows of one product: keys are read once, not once a head.
         packed = query[0, :, group.rows].transpose(0, 1).reshape(n, key_heads, heads // key_heads, -1)
         result = scaled_dot_product_attention(packed, k, v, attn_mask=group.mask, scale=scaling)

@@ -1,8 +1,9 @@
 """Which variants are in memory: fixed slots under a byte budget, filled on a thread of its own, shared by digest.
 
-A request holds its variant's slot until it is over. A version that nobody holds stays until its place is needed, the longest
-unused first. Requests for a cold version wait in order of arrival. Requests for versions in memory pass them, but once
-``PATIENCE`` have passed one that waits for a slot, they queue behind it: a busy variant cannot keep another one out.
+A request holds its variant's slot until it is over. A version that nobody holds stays until its place is needed, the
+longest unused first. Requests for a cold version wait in order of arrival. Requests for versions in memory pass them,
+but once ``PATIENCE`` have passed one that waits for a slot, they queue behind it: a busy variant cannot keep another
+one out.
 """
 
 import threading
@@ -115,7 +116,7 @@ class Bank:
             self._changed.notify_all()
 
     def _advance(self) -> None:
-        """Give tickets for what is in memory, and let the first of the others begin to load. Called with the lock held."""
+        """Give tickets for what is in memory; the first of the others begins to load. Called with the lock held."""
         barred: Ticket | None = None
         for ticket in tuple(self._waiting):
             resident = self._residents.get(ticket.version.digest)

@@ -1,10 +1,13 @@
 """Everything that knows transformers' continuous batching: subclasses that add variants, own sampling and supervision.
 
-The batching library is private and moves fast, so it is pinned, its signatures are checked at import, and its types stay here.
-What is replaced, and why: attention (a dense mask over the whole batch is several times slower), sampling (there it is one
-setting for all), the prefix hash (it knows no variants, so one would continue another's cache), and the thread (one exception
-ends it for good). Steps run eagerly: no CUDA graphs, no batches prepared ahead.
+The batching library is private and moves fast, so it is pinned, its signatures are checked at import, and its types
+stay here. What is replaced, and why: attention (a dense mask over the whole batch is several times slower), sampling
+(there it is one setting for all), the prefix hash (it knows no variants, so one would continue another's cache), and
+the thread (one exception ends it for good). Steps run eagerly: no CUDA graphs, no batches prepared ahead.
 """
+
+# The library has no types that mypy could look at.
+# mypy: disallow-subclassing-any=False
 
 import hashlib
 import inspect
@@ -13,17 +16,16 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 import torch
 import transformers
 from deltaserve.delta_store.errors import EngineDown, EngineError, GenerationFailed
 from deltaserve.server.engine import attention, sampler
-from deltaserve.server.engine.requests import Finished, Token
+from deltaserve.server.engine.jobs import Job
+from deltaserve.server.engine.requests import Token
 from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.stream import Event, Stream, post
 from torch import Tensor
@@ -39,31 +41,6 @@ logger = logging.getLogger(__name__)
 PAGE_TOKENS = 16
 RESTARTS_IN_A_ROW = 3
 """After so many restarts without one finished step the engine stays down."""
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request in the engine. ``slot`` is its variant's; ``release`` is called once, when nothing of it runs any more."""
-
-    digest: str
-    slot: int
-    prompt: Sequence[int]
-    chooser: sampler.Chooser
-    stream: Stream
-    release: Callable[[], None]
-    cached_tokens: int = 0
-    cancelled: bool = False
-    id: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.id = f"{self.digest}|{uuid4().hex}"
-
-    def finish(self) -> Finished:
-        """How the request ended, if it was not failed."""
-        generated = self.chooser.generated
-        stopped = bool(generated) and generated[-1] in self.chooser.stop_ids
-        reason = "cancelled" if self.cancelled else "stop" if stopped else "length"
-        return Finished(reason, len(self.prompt), len(generated) - stopped, self.cached_tokens)  # type: ignore[arg-type]
 
 
 class Router(api.OutputRouter):
@@ -99,7 +76,7 @@ _unsalted_block_hash = cache_allocator.compute_block_hash
 
 def salted_block_hash(parent: int | None, tokens: list[int]) -> int:
     """The library's hash of a page, where the first page of a variant's prompt has a salt for its parent."""
-    return _unsalted_block_hash(_salt.get() if parent is None else parent, tokens)  # type: ignore[no-any-return]
+    return _unsalted_block_hash(_salt.get() if parent is None else parent, tokens)
 
 
 def salt_of(request_id: str) -> int | None:
@@ -365,7 +342,8 @@ def _check_library() -> None:
     if changed or not transformers.__version__.startswith("5.24."):
         raise ImportError(
             f"deltaserve needs transformers 5.24, found {transformers.__version__}"
-            f"{' with other signatures of ' + ', '.join(changed) if changed else ''}; pip install 'transformers==5.24.*'"
+            f"{' with other signatures of ' + ', '.join(changed) if changed else ''}: "
+            "pip install 'transformers==5.24.*'"
         )
 
 

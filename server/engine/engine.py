@@ -25,7 +25,8 @@ from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine import attention, sampler
 from deltaserve.server.engine.bank import Bank, Ticket
-from deltaserve.server.engine.continuous_batching import Batching, Job
+from deltaserve.server.engine.continuous_batching import Batching
+from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
 from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.routing import Routing
@@ -65,7 +66,7 @@ class Fit:
 
 
 class Engine:
-    """Loads the base (a checkpoint that ``open_checkpoint`` opens) and wraps its layers; ``start`` makes it take requests.
+    """Loads the base (whatever ``open_checkpoint`` opens) and wraps its layers; ``start`` makes it take requests.
 
     ``load`` replaces the reading of artifacts, for tests. Raises CheckpointError, OptionError.
     """
@@ -105,7 +106,7 @@ class Engine:
         self._entering = 0
 
     def start(self) -> None:
-        """Start the generation thread and have it answer once. Raises UnsupportedCheckpoint where the base cannot run here."""
+        """Start generating, and answer once. Raises UnsupportedCheckpoint where the base cannot run here."""
         self._batching.start()
         with ThreadPoolExecutor(1) as pool:  # for the event loop of this thread may be running
             try:
@@ -138,8 +139,8 @@ class Engine:
     async def submit(self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling) -> Stream:
         """Start a request for a variant's version, or for the base, and return its tokens as a stream.
 
-        Waits until the variant is in memory. Before the first token it raises RequestRefused, ContextTooLong, QueueFull,
-        EngineDown, and ArtifactError where the variant cannot be loaded.
+        Waits until the variant is in memory. Before the first token it raises RequestRefused, ContextTooLong,
+        QueueFull, EngineDown, and ArtifactError where the variant cannot be loaded.
         """
         self._check_size(prompt_ids, sampling)
         if version is None:
@@ -160,7 +161,7 @@ class Engine:
         self.bank.forget(digest)
 
     def check_fits(self, artifact: Artifact) -> Fit:
-        """The receipt for an artifact. Raises BaseMismatch, UnsupportedArtifact where it does not apply whole or not at all."""
+        """The receipt for an artifact. Raises BaseMismatch, and UnsupportedArtifact where it does not apply whole."""
         self._artifacts.check_base(artifact)
         if not artifact.names:
             raise UnsupportedArtifact(
@@ -219,12 +220,12 @@ def _load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
         raise UnsupportedCheckpoint(
             f"{checkpoint.folder} ({type(model).__name__}) uses {feature}, which is not supported yet"
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer that can be loaded: {error}") from error
 

@@ -1,7 +1,7 @@
 """Delta-aware twins of a model's layers: the base's own forward, then the deltas of the rows that are a variant's.
 
-A module becomes its twin in place, by taking a subclass of its own class: it keeps its name, its parameters (shared, not
-copied) and its forward, which runs untouched while no row of the step belongs to a variant.
+A module becomes its twin in place, by taking a subclass of its own class: it keeps its name, its parameters (shared,
+not copied) and its forward, which runs untouched while no row of the step belongs to a variant.
 """
 
 import inspect
@@ -39,7 +39,7 @@ class DeltaLinear(nn.Module):
         self.weights, self.biases = [None] * slots, [None] * slots
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
-        """The parameter's shape as deltas have it: a weight is ``[out, in]``, also where the module keeps ``[in, out]``."""
+        """As deltas have it: a weight is ``[out, in]``, also where the module keeps ``[in, out]``."""
         shape = tuple(self.get_parameter(parameter).shape)
         return shape[::-1] if isinstance(self, Conv1D) else shape
 
@@ -77,7 +77,7 @@ class DeltaHead(DeltaLinear):
 
 
 class DeltaEmbedding(nn.Module):
-    """An embedding. Ids beyond the base's rows are a variant's added vocabulary: there the base's row counts as zero."""
+    """An embedding. Ids beyond the base's rows are a variant's added vocabulary: there the base counts as zero."""
 
     rows: Rows
     backend: Backend
@@ -99,9 +99,9 @@ class DeltaEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         segments = self.rows.segments
         if segments is None:
-            return super().forward(ids)  # type: ignore[misc,no-any-return]
+            return super().forward(ids)
         flat = ids[0].long()
-        y: Tensor = super().forward(flat.clamp(max=self.num_embeddings - 1))  # type: ignore[misc]
+        y: Tensor = super().forward(flat.clamp(max=self.num_embeddings - 1))
         y[flat >= self.num_embeddings] = 0
         self.backend.delta_embedding_(y, flat, self.weights, segments)
         return y[None]
@@ -110,8 +110,9 @@ class DeltaEmbedding(nn.Module):
 class DeltaNorm(nn.Module):
     """A norm of any family: one whose parameters are vectors and whose forward takes one tensor.
 
-    ``tables[parameter]`` ``[slots + 1, n]`` holds each variant's own vector and, last, the base's. Most families only multiply by
-    the weight, so all rows run at once with a vector each; the others (LayerNorm's fused kernel) run once a variant.
+    ``tables[parameter]`` ``[slots + 1, n]`` holds each variant's own vector and, last, the base's. Most families only
+    multiply by the weight, so all rows run at once with a vector each; the others (LayerNorm's fused kernel) run once
+    a variant.
     """
 
     rows: Rows
@@ -137,14 +138,14 @@ class DeltaNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         segments = self.rows.segments
         if segments is None:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x)
         if self.takes_a_vector_each_row:
             vectors = {name: _spread(table[self.rows.slots], x[0]) for name, table in self.tables.items()}
-            return _with_parameters(self, vectors, super().forward, x[0])[None]  # type: ignore[misc]
-        y: Tensor = super().forward(x)  # type: ignore[misc]
+            return _with_parameters(self, vectors, super().forward, x[0])[None]
+        y: Tensor = super().forward(x)
         for slot, rows in segments.rows.items():
             vectors = {name: table[slot] for name, table in self.tables.items()}
-            y[0, rows] = _with_parameters(self, vectors, super().forward, x[0, rows])  # type: ignore[misc]
+            y[0, rows] = _with_parameters(self, vectors, super().forward, x[0, rows])
         return y
 
 
@@ -169,7 +170,7 @@ def become(module: nn.Module, twin: type, rows: Rows, slots: int, backend: Backe
 
 
 def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
-    """Whether two rows with a vector each come out, bit for bit, as the same rows would with one vector each at a time."""
+    """Whether two rows with a vector each come out, bit for bit, as one row at a time does with its vector."""
     x = torch.linspace(-1, 1, 2 * vectors["weight"].numel()).view(2, -1).to(vectors["weight"])
     each = {name: torch.stack([vector, vector + 1]) for name, vector in vectors.items()}
     try:

@@ -9,7 +9,8 @@ from torch import Tensor
 class Rows:
     """The rows that one kind of layer sees. ``segments`` is None while none of them is a variant's.
 
-    ``slots`` int64 ``[rows]`` is the slot of each row, ``BASE`` for the base's; it means nothing while ``segments`` is None.
+    ``slots`` int64 ``[rows]`` is the slot of each row, ``BASE`` for the base's; it means nothing while ``segments``
+    is None.
     """
 
     __slots__ = ("segments", "slots")

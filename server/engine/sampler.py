@@ -17,8 +17,8 @@ NUCLEUS_GUESS = 1024
 class Chooser:
     """One request's choice of tokens. ``generated`` is what it has chosen so far; ``stop_ids`` end the request.
 
-    A seed gives the same tokens whatever else is in the batch: a sampled token costs exactly one number of the request's own
-    generator. Without a seed, one is drawn from the operating system.
+    A seed gives the same tokens whatever else is in the batch: a sampled token costs exactly one number of the
+    request's own generator. Without a seed, one is drawn from the operating system.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], stop_ids: Collection[int]) -> None:

@@ -11,8 +11,8 @@ Event = Token | Finished | Exception
 class Stream:
     """The tokens of one request, as an async iterator.
 
-    It ends when the request does; then ``finished`` says how. It raises GenerationFailed where the request fails midway. Whoever
-    stops reading before the end calls ``cancel``.
+    It ends when the request does; then ``finished`` says how. It raises GenerationFailed where the request fails
+    midway. Whoever stops reading before the end calls ``cancel``.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[], None]) -> None:

@@ -37,8 +37,8 @@ class Fitted:
 class WrappedModel:
     """Turns the layers of ``model`` into their twins, with ``slots`` places for variants.
 
-    ``tied``: input embedding and output head of the base are one matrix. ``shapes`` are those of the parameters that can have a
-    delta, by their names in the model's state dict.
+    ``tied``: input embedding and output head of the base are one matrix. ``shapes`` are those of the parameters that
+    can have a delta, by their names in the model's state dict.
     """
 
     def __init__(self, model: PreTrainedModel, routing: Routing, slots: int, backend: Backend, *, tied: bool) -> None:
@@ -53,7 +53,7 @@ class WrappedModel:
             rows = routing.tokens if name.startswith(body) or not keeps_few else routing.logits
             become(module, twin, rows, slots, backend)
             for parameter, _ in module.named_parameters():
-                self._layers[f"{name}.{parameter}"] = (module, parameter)  # type: ignore[assignment]
+                self._layers[f"{name}.{parameter}"] = (module, parameter)
         self.shapes = {name: layer.shape_of(parameter) for name, (layer, parameter) in self._layers.items()}
         self.vocabulary = self.shapes[self._embedding][0]
 
