@@ -1,0 +1,141 @@
+"""Run text through the base once and write down how strongly each input of each linear layer is driven."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaserve.delta_store.checkpoint import Checkpoint
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.plain_model import plain_model, variant_config
+from deltaserve.delta_store.profile import Profile, find_profile, profile_folder, write_profile
+from deltaserve.delta_store.text import WINDOW_TOKENS, Sample, read_samples, tokenizer_of, windows
+
+Count = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
+
+CALIBRATION_TOKENS = 4096
+FIRST_LOOK_TOKENS = 8
+
+
+def profile_for(
+    base: Checkpoint, fingerprint: str, text: Path | None, progress: Count = lambda done, total: None
+) -> Profile:
+    """The base's profile on ``text``, or on prose that every Python has; computed once, then taken from the cache.
+
+    Computing it loads the model. Raises OptionError for a text that cannot be read or tokenised.
+    """
+    samples = _samples(base, text)
+    kept = profile_folder() / "profiles" / _hash(fingerprint, samples)
+    if kept.is_file():
+        return find_profile(kept.read_text(), profile_folder())
+    vocabulary = base.shape(base.architecture.embedding)[0]
+    config = variant_config(base.architecture, vocabulary, base.tied, torch.float32)
+    model = plain_model(base.architecture, config, ((name, base.read(name)) for name in base.names), torch.float32)
+    rms, vector_of = measure_inputs(model, samples, progress)
+    source = "built-in text" if text is None else text.name
+    profile = write_profile(profile_folder(), fingerprint, rms, vector_of, source)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(profile.digest)
+    return profile
+
+
+def built_in_text() -> str:
+    """Prose that every Python has: the language reference, as ``help()`` shows it."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _samples(base: Checkpoint, text: Path | None) -> list[Sample]:
+    tokenizer = tokenizer_of(base.folder)
+    if tokenizer is None and text is not None:
+        raise OptionError(f"The base {base.folder.name} has no tokenizer, so it cannot read {text}; leave the text out")
+    if tokenizer is None:
+        return _random_samples(base.shape(base.architecture.embedding)[0])
+    if text is None:
+        return windows(built_in_text(), tokenizer, CALIBRATION_TOKENS)
+    return read_samples(text, tokenizer, CALIBRATION_TOKENS)
+
+
+def _random_samples(vocabulary: int) -> list[Sample]:
+    """Fixed random ids, for a base without a tokenizer: measured, they serve nearly as well as text."""
+    shape = (CALIBRATION_TOKENS // WINDOW_TOKENS, WINDOW_TOKENS)
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    return [Sample(tuple(row)) for row in ids.tolist()]
+
+
+def _hash(fingerprint: str, samples: list[Sample]) -> str:
+    return hashlib.sha256(repr((fingerprint, [sample.ids for sample in samples])).encode()).hexdigest()
+
+
+@torch.inference_mode()
+def measure_inputs(
+    model: Any, samples: Sequence[Sample], progress: Count = lambda done, total: None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``rms`` float64 ``[in]`` by vector name, and the vector's name by parameter name.
+
+    The output head is left out: it is not run, since it costs most and its delta is stored by low rank.
+    """
+    body = model.base_model
+    names = {module: name for name, module in model.named_modules()}
+    linears = {names[module] for module in body.modules() if is_linear(module)}
+    leader_of = _shared_inputs(body, names, linears, samples[0])
+    squares: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def add(name: str, inputs: Tensor) -> None:
+        if leader_of.get(name, name) == name:
+            flat = inputs.reshape(-1, inputs.shape[-1]).float()
+            squares[name] = squares.get(name, 0) + flat.square().sum(0).double()
+            rows[name] = rows.get(name, 0) + len(flat)
+
+    with _watching(body, names, linears, add):
+        for done, sample in enumerate(samples):
+            progress(done, len(samples))
+            body(input_ids=torch.tensor([sample.ids], device=model.device), use_cache=False)
+    rms = {name: (total / rows[name]).sqrt().cpu() for name, total in squares.items()}
+    reached = {name: leader_of.get(name, name) for name in linears}
+    return rms, {f"{name}.weight": leader for name, leader in reached.items() if leader in rms}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a weight times an input: an ``nn.Linear``, or GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _shared_inputs(body: Any, names: dict[nn.Module, str], linears: set[str], sample: Sample) -> dict[str, str]:
+    """For each layer the first layer that is given the very same tensor: q for q, k and v."""
+    seen: list[tuple[str, Tensor]] = []  # keeps the tensors, so that identity cannot be mistaken
+    leader_of: dict[str, str] = {}
+
+    def look(name: str, inputs: Tensor) -> None:
+        leader_of[name] = next((first for first, tensor in seen if tensor is inputs), name)
+        seen.append((leader_of[name], inputs))
+
+    with _watching(body, names, linears, look):
+        body(input_ids=torch.tensor([sample.ids[:FIRST_LOOK_TOKENS]], device=body.device), use_cache=False)
+    return leader_of
+
+
+@contextmanager
+def _watching(
+    body: nn.Module, names: dict[nn.Module, str], linears: set[str], call: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Have ``call(layer name, input)`` made before each of the layers runs."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        call(names[module], arguments[0])
+
+    handles = [module.register_forward_pre_hook(hook) for module, name in names.items() if name in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,212 @@
+"""From a fine-tune to its artifact, tensor by tensor.
+
+Peak memory is about four times the largest tensor in float32 (base, fine-tune, their difference, and what a method
+needs of it) and twice the encoded output; never a whole model. Two things that are only done when they are needed do
+hold models: computing a base's profile for the first time (one model), and ``evaluate`` (two).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from deltaserve.delta_store.calibration import profile_for
+from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
+from deltaserve.delta_store.codec.specs import SparseSpec, Spec
+from deltaserve.delta_store.codec.xor import XorPayload
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
+from deltaserve.delta_store.fingerprint import fingerprint
+from deltaserve.delta_store.lora import is_adapter
+from deltaserve.delta_store.plain_model import embedding_names
+from deltaserve.delta_store.profile import Profile
+from deltaserve.delta_store.pruning.methods import METHODS, Method, encode_change
+from deltaserve.delta_store.pruning.methods import method as method_named
+from deltaserve.delta_store.pruning.options import Options, Value
+from deltaserve.delta_store.quality import EVALUATION_TOKENS, Quality, measure
+from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
+from deltaserve.delta_store.variant_files import differing_files
+from deltaserve.kernels.parts import Part
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+Count = Callable[[int, int], None]
+"""The same within one stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was written. ``full_bytes`` is the whole fine-tune in 16 bits; ``profile`` the digest that serving needs.
+
+    ``tensors_changed`` of ``tensors_total`` differ from the base's. ``warnings`` are for the user's eyes.
+    """
+
+    path: str
+    digest: str
+    size_bytes: int
+    full_bytes: int
+    method: str
+    tensors_changed: int
+    tensors_total: int
+    profile: str | None
+    warnings: tuple[str, ...]
+    quality: Quality | None
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the whole 16-bit fine-tune, everything counted."""
+        return self.full_bytes / self.size_bytes
+
+
+def compress(
+    base: str | Path,
+    fine_tuned: str | Path,
+    out: Path,
+    *,
+    method: str | None = None,
+    options: Mapping[str, Value] | None = None,
+    calibration: Path | None = None,
+    evaluate: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Receipt:
+    """Write the artifact of ``fine_tuned`` (a checkpoint or a LoRA adapter) against ``base`` to ``out``.
+
+    ``method`` is a key of ``METHODS``, by default ``weighted``, for an adapter ``lora``; ``options`` are those that it
+    takes. ``calibration`` is text for the base's profile, where the method needs one. ``evaluate`` is text to measure
+    on; its report goes into the artifact. The same input, options and seed give the same file. Raises OptionError and
+    what opening the checkpoints raises; then nothing is written.
+    """
+    chosen = _chosen(method, fine_tuned)
+    settings = chosen.options(options or {})
+    _check_output(out)
+    if calibration is not None and not chosen.needs_profile:
+        raise OptionError(f"The method {chosen.name} uses no calibration text; leave it out")
+    base_checkpoint = open_checkpoint(base)
+    fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
+    _check_fits(chosen, fine_tune)
+    samples = None if evaluate is None else _evaluation_samples(evaluate, base_checkpoint, fine_tune)
+    progress("Fingerprint", 0, 1)
+    base_fingerprint = fingerprint(base_checkpoint)
+    profile = None
+    if chosen.needs_profile:
+        profile = profile_for(base_checkpoint, base_fingerprint, calibration, _stage(progress, "Profile of the base"))
+    parts = list(_encode(chosen, settings, base_checkpoint, fine_tune, profile, _stage(progress, "Compress")))
+    needed = profile if _is_weighted(parts) else None
+    warnings = () if parts else (f"{fine_tune.folder.name} equals the base, so the artifact holds no delta",)
+
+    def write(path: Path, quality: Quality | None) -> str:
+        return write_artifact(
+            path,
+            base=base_fingerprint,
+            tied_head=fine_tune.tied_head,
+            parts=parts,
+            profile=needed.digest if needed else None,
+            provenance=_provenance(chosen, settings, base_checkpoint, fine_tune, warnings),
+            quality=None if quality is None else asdict(quality),
+            files=differing_files(base_checkpoint.folder, fine_tune.folder),
+        )
+
+    quality = None
+    if samples is not None:
+        with _draft(out) as draft:
+            write(draft, None)
+            stage = _stage(progress, "Evaluate")
+            quality = measure(base_checkpoint, fine_tune, open_artifact(draft), needed, samples, stage)
+    digest = write(out, quality)
+    return Receipt(
+        path=str(out),
+        digest=digest,
+        size_bytes=out.stat().st_size,
+        full_bytes=2 * fine_tune.parameters,
+        method=chosen.name,
+        tensors_changed=len({name for name, _, _ in parts}),
+        tensors_total=fine_tune.tensor_count,
+        profile=needed.digest if needed else None,
+        warnings=warnings,
+        quality=quality,
+    )
+
+
+def _chosen(name: str | None, fine_tuned: str | Path) -> Method:
+    return method_named(name or ("lora" if is_adapter(fine_tuned) else "weighted"))
+
+
+def _check_output(out: Path) -> None:
+    if out.is_dir():
+        raise OptionError(f"{out} is a folder; name the artifact's file")
+    if not out.absolute().parent.is_dir():
+        raise OptionError(f"The folder {out.absolute().parent} does not exist; make it first")
+
+
+def _check_fits(chosen: Method, fine_tune: FineTune) -> None:
+    """Refuse a method that is not for this kind of fine-tune, and tensors that are neither matrix nor vector."""
+    fits = [m.name for m in METHODS.values() if (m.for_adapters if fine_tune.is_adapter else m.for_checkpoints)]
+    if chosen.name not in fits:
+        kind = "a LoRA adapter" if fine_tune.is_adapter else "a full checkpoint"
+        raise OptionError(f"The method {chosen.name} cannot store {kind}; use one of: {', '.join(fits)}")
+
+
+def _evaluation_samples(path: Path, base: Checkpoint, fine_tune: FineTune) -> list[Sample]:
+    tokenizer = tokenizer_of(fine_tune.folder, base.folder)
+    if tokenizer is None:
+        raise OptionError("Neither base nor fine-tune has a tokenizer, so no text can be evaluated")
+    if base.architecture.head is None:
+        raise OptionError(f"{base.architecture.name} predicts no tokens, so its variants cannot be evaluated on text")
+    return read_samples(path, tokenizer, EVALUATION_TOKENS)
+
+
+def _encode(
+    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, profile: Profile | None, progress: Count
+) -> Iterator[tuple[str, Spec, Part | XorPayload]]:
+    embeddings = embedding_names(base.architecture)
+    for done, change in enumerate(fine_tune.changes()):
+        progress(done, fine_tune.tensor_count)
+        for spec, part in encode_change(chosen, change, settings, profile, embeddings):
+            yield change.name, spec, part
+
+
+def _is_weighted(parts: Sequence[tuple[str, Spec, Part | XorPayload]]) -> bool:
+    return any(isinstance(spec, SparseSpec) and spec.mask == "weighted" for _, spec, _ in parts)
+
+
+def _provenance(
+    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, warnings: tuple[str, ...]
+) -> dict[str, JsonValue]:
+    """How the artifact came to be; no times and no paths, so that the same work gives the same file."""
+    return {
+        "method": chosen.name,
+        "options": {name: getattr(settings, name) for name in chosen.defaults},
+        "base": base.folder.name,
+        "fine_tuned": fine_tune.folder.name,
+        "dtype": str(fine_tune.dtype).removeprefix("torch."),
+        "parameters": fine_tune.parameters,
+        "warnings": list(warnings),
+        "deltaserve": _version(),
+    }
+
+
+def _version() -> str:
+    try:
+        return version("deltaserve")
+    except PackageNotFoundError:
+        return "from source"
+
+
+def _stage(progress: Progress, name: str) -> Count:
+    return lambda done, total: progress(name, done, total)
+
+
+@contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    """A file beside ``out`` that is gone afterwards."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
+    try:
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)

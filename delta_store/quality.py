@@ -1,0 +1,104 @@
+"""How much of a fine-tune an artifact keeps: its predictions beside those of the full fine-tune, on given text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaserve.delta_store.checkpoint import Checkpoint
+from deltaserve.delta_store.codec.artifact import Artifact
+from deltaserve.delta_store.fine_tune import FineTune
+from deltaserve.delta_store.merge import variant_tensors, variant_vocabulary
+from deltaserve.delta_store.plain_model import plain_model, variant_config
+from deltaserve.delta_store.profile import Profile
+from deltaserve.delta_store.text import Sample
+
+EVALUATION_TOKENS = 4096
+"""As many scored tokens as are looked at: enough to know their mean KL to a few percent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Measured in float32 over ``tokens`` predicted tokens, in nats.
+
+    ``kl_mean`` and ``kl_p99``: Kullback-Leibler divergence of the artifact's predictions from the full fine-tune's.
+    ``top1_agreement``: how often both put the same token first. ``loss_*``: cross-entropy of the text; the base's is
+    None where the text holds tokens that only the fine-tune has.
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    loss_base: float | None
+    loss_fine_tuned: float
+    loss_artifact: float
+
+
+@torch.inference_mode()
+def measure(
+    base: Checkpoint,
+    fine_tune: FineTune,
+    artifact: Artifact,
+    profile: Profile | None,
+    samples: Sequence[Sample],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Quality:
+    """Run base, full fine-tune and artifact over the samples. Takes the memory of two models in float32."""
+    loss_base = _base_loss(base, samples)
+    full = _model(base, fine_tune.tensors(), fine_tune.vocabulary, fine_tune.tied)
+    merged = _model(
+        base,
+        variant_tensors(base, artifact, profile, torch.float32),
+        variant_vocabulary(base, artifact),
+        artifact.manifest.tied_head,
+    )
+    rows = []
+    for done, sample in enumerate(samples):
+        progress(done, len(samples))
+        rows.append(_compare(_log_probabilities(full, sample), _log_probabilities(merged, sample), _targets(sample)))
+    divergence, agreement, loss_fine_tuned, loss_artifact = torch.cat(rows, 1).double()
+    return Quality(
+        tokens=len(divergence),
+        kl_mean=divergence.mean().item(),
+        kl_p99=divergence.quantile(0.99).item(),
+        top1_agreement=agreement.mean().item(),
+        loss_base=loss_base,
+        loss_fine_tuned=loss_fine_tuned.mean().item(),
+        loss_artifact=loss_artifact.mean().item(),
+    )
+
+
+def _compare(wanted: Tensor, given: Tensor, targets: Tensor) -> Tensor:
+    """float32 ``[4, tokens]``: divergence, agreement, both losses, from log-probabilities ``[tokens, vocabulary]``."""
+    divergence = (wanted.exp() * (wanted - given)).sum(1)
+    agreement = wanted.argmax(1) == given.argmax(1)
+    losses = [-scores.gather(1, targets[:, None])[:, 0] for scores in (wanted, given)]
+    return torch.stack([divergence, agreement.float(), *losses])
+
+
+def _base_loss(base: Checkpoint, samples: Sequence[Sample]) -> float | None:
+    vocabulary = base.shape(base.architecture.embedding)[0]
+    if any(token >= vocabulary for sample in samples for token in sample.ids):
+        return None
+    model = _model(base, ((name, base.read(name)) for name in base.names), vocabulary, base.tied)
+    losses = [-_log_probabilities(model, s).gather(1, _targets(s)[:, None])[:, 0] for s in samples]
+    return torch.cat(losses).double().mean().item()
+
+
+def _model(base: Checkpoint, tensors: Any, vocabulary: int, tied: bool) -> Any:
+    config = variant_config(base.architecture, vocabulary, tied, torch.float32)
+    return plain_model(base.architecture, config, tensors, torch.float32)
+
+
+def _log_probabilities(model: Any, sample: Sample) -> Tensor:
+    """float32 ``[tokens, vocabulary]`` for each scored token of the sample."""
+    logits = model(input_ids=torch.tensor([sample.ids]), use_cache=False).logits[0, sample.start - 1 : -1]
+    result: Tensor = logits.float().log_softmax(-1)
+    return result
+
+
+def _targets(sample: Sample) -> Tensor:
+    return torch.tensor(sample.ids[sample.start :])

@@ -1,0 +1,108 @@
+"""Text to run models on: tokenised conversations or windows of prose, with the positions that count."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from deltaserve.delta_store.errors import OptionError
+
+WINDOW_TOKENS = 256
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Token ids of one text; the tokens from ``start`` on are predicted and scored, those before are only read."""
+
+    ids: tuple[int, ...]
+    start: int = 1
+
+
+class Conversation(BaseModel):
+    """A line of a ``.jsonl`` file: a prompt and its answer, or messages of which the last is the answer."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    messages: list[dict[str, str]] | None = None
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> "Conversation":
+        if (self.messages is None) == (self.prompt is None or self.answer is None):
+            raise ValueError('needs either "prompt" and "answer" or "messages"')
+        if self.messages is not None and (len(self.messages) < 2 or "content" not in self.messages[-1]):
+            raise ValueError('"messages" needs a question and, last, its answer')
+        return self
+
+    def split(self) -> tuple[list[dict[str, str]], str]:
+        """The messages that are read and the answer that is scored."""
+        if self.messages is not None:
+            return self.messages[:-1], self.messages[-1]["content"]
+        return [{"role": "user", "content": self.prompt or ""}], self.answer or ""
+
+
+def read_samples(path: Path, tokenizer: Any, limit: int) -> list[Sample]:
+    """The samples of a file: one a conversation for ``.jsonl``, else windows of prose; at most ``limit`` scored tokens.
+
+    Raises OptionError for a file that is missing, empty or malformed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"Cannot read the text file {path}: {error}") from error
+    if path.suffix == ".jsonl":
+        samples = [
+            _conversation(path, i, line, tokenizer) for i, line in enumerate(text.splitlines(), 1) if line.strip()
+        ]
+        samples = _first(samples, limit)
+    else:
+        samples = windows(text, tokenizer, limit)
+    if not samples:
+        raise OptionError(
+            f"{path} holds no text; it needs a few thousand words, or a few hundred conversations in .jsonl"
+        )
+    return samples
+
+
+def windows(text: str, tokenizer: Any, limit: int) -> list[Sample]:
+    """Windows of ``WINDOW_TOKENS`` spread evenly over the text, together at most ``limit`` tokens."""
+    ids = tokenizer(text, verbose=False).input_ids
+    count = max(1, min(len(ids), limit) // WINDOW_TOKENS)
+    stride = max(WINDOW_TOKENS, len(ids) // count)
+    cut = [tuple(ids[i * stride : i * stride + WINDOW_TOKENS]) for i in range(count)]
+    return [Sample(window) for window in cut if len(window) > 1]
+
+
+def _conversation(path: Path, number: int, line: str, tokenizer: Any) -> Sample:
+    try:
+        question, answer = Conversation.model_validate_json(line).split()
+    except ValidationError as error:
+        raise OptionError(f"{path}, line {number}: {error.errors()[0]['msg']}") from error
+    if tokenizer.chat_template is None:
+        raise OptionError(f"{path} holds conversations, but the base has no chat template; give plain text instead")
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Sample(tuple(prompt_ids + answer_ids + end), max(1, len(prompt_ids)))
+
+
+def _first(samples: list[Sample], limit: int) -> list[Sample]:
+    """As many samples from the front as hold ``limit`` scored tokens together, and at least one."""
+    scored = 0
+    for count, sample in enumerate(samples):
+        scored += len(sample.ids) - sample.start
+        if scored > limit:
+            return samples[: max(1, count)]
+    return samples
+
+
+def tokenizer_of(*folders: Path) -> Any | None:
+    """The tokenizer of the first of these folders that has one."""
+    from transformers import AutoTokenizer
+
+    for folder in folders:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return None

@@ -1,0 +1,59 @@
+"""The files beside the weights that a variant brings along: tokenizer, chat template, generation settings."""
+
+import json
+from pathlib import Path
+
+VARIANT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+WITHOUT_MEANING = ("transformers_version", "_from_model_config", "name_or_path", "_name_or_path")
+"""Keys that say who wrote a file, or where: no difference, and no business of whoever gets the artifact."""
+
+
+def differing_files(base: Path, fine_tuned: Path) -> dict[str, bytes]:
+    """Files of the fine-tune that the base lacks or has otherwise; JSON is compared by what it says."""
+    found = {}
+    for name in VARIANT_FILES:
+        if (fine_tuned / name).is_file():
+            ours = _meaning(base / name)
+            theirs = _meaning(fine_tuned / name)
+            if ours != theirs:
+                found[name] = _clean(fine_tuned / name)
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All such files of a checkpoint folder."""
+    return {name: (folder / name).read_bytes() for name in VARIANT_FILES if (folder / name).is_file()}
+
+
+def _meaning(path: Path) -> object:
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    return _parsed(content) if path.suffix == ".json" else content
+
+
+def _clean(path: Path) -> bytes:
+    """The file as it is, unless it is JSON that holds keys without meaning."""
+    content = path.read_bytes()
+    if path.suffix != ".json" or not any(key.encode() in content for key in WITHOUT_MEANING):
+        return content
+    return json.dumps(_parsed(content), indent=2, ensure_ascii=False).encode()
+
+
+def _parsed(content: bytes) -> object:
+    data = json.loads(content)
+    if isinstance(data, dict):
+        return {key: value for key, value in data.items() if key not in WITHOUT_MEANING}
+    return data
