@@ -36,7 +36,7 @@ class Submitted:
 
 
 class ScriptedEngine:
-    """``script(prompt, version, sampling)`` answers each request; ``submitted`` is what arrived, with what became of it."""
+    """``script(prompt, version, sampling)`` answers a request; ``submitted`` is what arrived, and what became of it."""
 
     def __init__(self, context_length: int = 64, max_running: int = 32, max_waiting: int = 256) -> None:
         self.tokenizer = scripted_tokenizer()
