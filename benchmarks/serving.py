@@ -1,8 +1,8 @@
 """What base, one variant and a mix of variants deliver through HTTP: ``python benchmarks/serving.py``.
 
 Starts a server on the demo's base with the demo's variants (or asks the one at ``--url``) and measures every case once
-a repeat, so that all of them see the same machine. Writes results/serving.jsonl with tokens per second and time to first
-token, and its plot; or nothing if a request failed.
+a repeat, so that all of them see the same machine. Writes tokens per second and time to first token to
+results/serving.jsonl, and their plot; or nothing if a request failed.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def setup_row(asking: Asking, models: Sequence[str]) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
         "models": list(models),
         "mix": "uniform",
         "prompt_words": PROMPT_WORDS,
@@ -261,7 +261,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ticks = [row["concurrency"] for row in own]
             axis.errorbar(ticks, medians, yerr=[low, high], marker="o", capsize=3, label=what)
             axis.set_xticks(ticks)
-        axis.set(title=title, xlabel="concurrent requests", ylim=(0, None))
+        axis.set(title=title, xlabel="concurrent requests", ylim=(0, 1.15 * axis.dataLim.ymax))
         axis.grid(alpha=0.3)
     axes[0].legend()
     for suffix in (".png", ".svg"):
