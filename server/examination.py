@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltaserve.delta_store.blobs import BlobStore
-from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
-from deltaserve.delta_store.codec.specs import XorSpec
-from deltaserve.delta_store.errors import ArtifactError, BaseMismatch, ProfileMissing, UnsupportedArtifact
-from deltaserve.delta_store.profile import Profile
+from deltaserve.delta_store.errors import ArtifactError, ProfileMissing, UnsupportedArtifact
 from deltaserve.delta_store.registry import Receipt
+from deltaserve.server.engine.loading import ArtifactLoader
 from safetensors import safe_open
 
 if TYPE_CHECKING:
@@ -21,32 +20,31 @@ if TYPE_CHECKING:
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of what torch.save writes: a zip archive, or in old versions a bare pickle."""
 
-MAPPED_BYTES = 32 * 2**20
-"""Read pages of a mapped file count as resident until it is closed: it is opened anew after so many bytes."""
+MAPPED_BYTES = 16 * 2**20
+"""Read pages of a mapped file count as resident until it is closed: it is opened anew after about so many bytes."""
 
 
 def examine(file: Path, engine: "Engine", base: str, profiles: BlobStore) -> Receipt:
-    """Decode every tensor of an uploaded artifact once. ``base`` is the served checkpoint's path.
+    """Decode every tensor of an uploaded artifact once, as it will be for a request. ``base`` is the served checkpoint.
 
     Raises the ArtifactError that says what is wrong with it.
     """
     refuse_pickle(file)
     with told_of_the_upload(file):
         artifact = open_artifact(file)
-        if artifact.manifest.base != engine.fingerprint:
-            raise BaseMismatch(
-                f"The artifact was made for base {artifact.manifest.base[:12]}, this server has "
-                f"{engine.fingerprint[:12]}; compress the fine-tune against the base that is served"
-            )
         fit = engine.check_fits(artifact)
-        decode_all(artifact, open_checkpoint(base), open_profile(artifact.manifest.profile, profiles))
+        check_profile(artifact.manifest.profile, profiles)
+        loader = ArtifactLoader(open_checkpoint(base), engine.fingerprint, profiles.path)
+        for some in portions(artifact):
+            for _ in loader._deltas(some):
+                pass
     return Receipt(
         digest=artifact.digest,
         size_bytes=file.stat().st_size,
         base=artifact.manifest.base,
         profile=artifact.manifest.profile,
-        tensors_applied=fit.tensors_applied,
-        tensors_total=fit.tensors_total,
+        tensors_applied=fit.applied,
+        tensors_total=fit.total,
         quality=artifact.manifest.quality,
     )
 
@@ -71,13 +69,10 @@ def told_of_the_upload(file: Path) -> Iterator[None]:
         raise
 
 
-def open_profile(digest: str | None, profiles: BlobStore) -> Profile | None:
-    """The profile that an artifact names, if it names one."""
-    if digest is None:
-        return None
-    if not profiles.path(digest).exists():
+def check_profile(digest: str | None, profiles: BlobStore) -> None:
+    """Raise ProfileMissing for a profile that an artifact names and nobody sent yet."""
+    if digest is not None and not profiles.path(digest).exists():
         raise ProfileMissing(how_to_send(digest), digest)
-    return Profile.open(profiles.path(digest))
 
 
 def how_to_send(digest: str) -> str:
@@ -88,12 +83,14 @@ def how_to_send(digest: str) -> str:
     )
 
 
-def decode_all(artifact: Artifact, base: Checkpoint, profile: Profile | None) -> None:
-    """Raise the ArtifactError of the first tensor that cannot be decoded."""
-    mapped = 0
+def portions(artifact: Artifact) -> Iterator[Artifact]:
+    """The artifact, some tensors at a time, each time with the file mapped anew."""
+    names, mapped = [], 0
     for name in artifact.names:
-        lossless = any(isinstance(spec, XorSpec) for spec in artifact.specs(name))
-        artifact.delta(name, profile, base.read(name) if lossless else None)
+        names.append(name)
         mapped += sum(artifact.part_bytes(name))
-        if mapped > MAPPED_BYTES:
-            artifact, mapped = replace(artifact, reader=safe_open(artifact.path, "pt")), 0
+        if mapped >= MAPPED_BYTES or name == artifact.names[-1]:
+            yield replace(
+                artifact, keys={one: artifact.keys[one] for one in names}, reader=safe_open(artifact.path, "pt")
+            )
+            names, mapped = [], 0

@@ -112,8 +112,11 @@ def get_variant(name: str, request: Request) -> VariantVersions:
 def delete_variant(name: str, request: Request) -> VariantRemoved:
     """Remove a variant with all its versions; requests that run are finished, new ones are answered 404."""
     state = request.app.state
+    digests = {version.digest for version in state.registry.versions(name)}
     state.registry.remove(name)
     state.blobs.sweep(state.registry.digests)
+    for digest in digests - state.registry.digests():
+        state.engine.forget(digest)
     return VariantRemoved(name, "variant", True)
 
 

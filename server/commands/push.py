@@ -70,14 +70,13 @@ def _send(client: "httpx.Client", progress: Progress, file: Path, path: str) -> 
 
 def _send_profile(client: "httpx.Client", progress: Progress, file: Path, given: Path | None) -> None:
     """Send the profile that an artifact needs, if the server does not have it."""
-    from deltaserve.delta_store.cache_folder import cache_folder
     from deltaserve.delta_store.codec.artifact import open_artifact
-    from deltaserve.delta_store.profile import file_name
+    from deltaserve.delta_store.profile import file_name, profile_folder
 
     digest = open_artifact(file).manifest.profile
     if digest is None or client.head(f"/v1/profiles/{digest}").is_success:
         return
-    places = [given] if given else [folder / file_name(digest) for folder in (file.parent, cache_folder())]
+    places = [given] if given else [folder / file_name(digest) for folder in (file.parent, profile_folder())]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise OptionError(
