@@ -33,7 +33,12 @@ def command(**flags: Any) -> None:
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
     with bound(settings.host, settings.port) as listener:
-        config = uvicorn.Config(create_app(settings), log_level=settings.log_level, timeout_graceful_shutdown=30)
+        config = uvicorn.Config(
+            create_app(settings),
+            http="h11",  # httptools answers a body longer than its Content-Length before the application can
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=30,
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit(0))  # uvicorn raises it again once all is shut down
         Server(config).run(sockets=[listener])

@@ -1,0 +1,232 @@
+"""Case C-oversized-upload: bodies that are too large, very large, wrong or broken off."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+from running_server import artifact, running, serving, wait_until
+from tiny_models import save, tiny_llama
+
+LIMIT = 2**20
+FIVE = 5 * 10**6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "base", vocab=64)
+
+
+@pytest.fixture(scope="module")
+def server(base, tmp_path_factory):
+    with running(base, tmp_path_factory.mktemp("store"), max_upload_bytes=LIMIT, upload_idle_seconds=0.5) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def good(base, tmp_path_factory):
+    return artifact(base, tmp_path_factory.mktemp("artifacts") / "good.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_and_the_base_answers(server):
+    yield
+    assert server.http.get("/v1/variants").json()["data"] == []
+    wait_until(lambda: server.files() == set(), 1)
+    asked = server.http.post("/v1/completions", json={"model": "base", "prompt": [5], "max_tokens": 2})
+    assert asked.status_code == 200, asked.text
+
+
+def refusal(response: httpx.Response, status: int, code: str) -> str:
+    """The message of an error in OpenAI's shape."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    return error["message"]
+
+
+class Raw:
+    """A connection on which headers may lie."""
+
+    def __init__(self, url: str, head: str) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=10)
+        self.socket.sendall(f"PUT /v1/variants/v HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
+
+    def answer(self) -> tuple[int, dict]:
+        received = b""
+        while b"}}" not in received and (chunk := self.socket.recv(65536)):
+            received += chunk
+        self.socket.close()
+        head, _, body = received.decode().partition("\r\n\r\n")
+        return int(head.split()[1]), json.JSONDecoder().raw_decode(body)[0]["error"]
+
+
+def test_c_oversized_upload_1_an_announced_length_over_the_limit_is_refused_unread(server):
+    raw = Raw(server.url, f"Content-Length: {FIVE}")
+    status, error = raw.answer()  # not a byte of the body was sent
+    assert (status, error["code"]) == (413, "upload_too_large")
+    assert str(LIMIT) in error["message"]
+    assert "DELTASERVE_MAX_UPLOAD_BYTES" in error["message"]
+    sent = server.http.put("/v1/variants/v", content=b"x" * FIVE)
+    refusal(sent, 413, "upload_too_large")
+
+
+def test_c_oversized_upload_2_a_chunked_body_is_refused_as_soon_as_it_passes_the_limit(server):
+    raw = Raw(server.url, "Transfer-Encoding: chunked")
+    piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    raw.socket.sendall(piece * (LIMIT // 65536 + 1))  # and then waits: no end comes
+    status, error = raw.answer()
+    assert (status, error["code"]) == (413, "upload_too_large")
+
+
+def test_c_oversized_upload_3_a_length_smaller_than_the_body_is_refused(server, good):
+    content = good.read_bytes()
+    raw = Raw(server.url, f"Content-Length: {len(content) - 100}")
+    raw.socket.sendall(content)
+    status, error = raw.answer()
+    assert (status, error["code"]) == (400, "corrupt_artifact")
+
+
+def test_c_oversized_upload_3_a_length_larger_than_the_body_is_refused(server, good):
+    content = good.read_bytes()
+    raw = Raw(server.url, f"Content-Length: {len(content) + 100}")
+    raw.socket.sendall(content)
+    status, error = raw.answer()
+    assert (status, error["code"]) == (400, "upload_incomplete")
+    assert "0.5 s" in error["message"]
+
+
+def test_c_oversized_upload_5_a_client_that_goes_away_leaves_nothing(server, good):
+    content = good.read_bytes()
+    raw = Raw(server.url, f"Content-Length: {len(content)}")
+    raw.socket.sendall(content[: len(content) * 6 // 10])
+    raw.socket.close()
+    wait_until(lambda: server.files() == set(), 1)
+    again = server.http.put("/v1/variants/v", content=content)
+    assert again.status_code == 201, again.text
+    assert server.http.delete("/v1/variants/v").status_code == 200
+
+
+def test_c_oversized_upload_6_a_form_of_many_parts_is_refused(server):
+    sent = server.http.post("/v1/variants", files=[("adapter", (f"{i}", b"x")) for i in range(2000)])
+    refusal(sent, 400, "upload_refused")
+    sent = server.http.post("/v1/variants", files=[("name", (None, b"")) for i in range(2000)])
+    assert "32 parts" in refusal(sent, 413, "upload_too_large")
+
+
+def test_a_form_is_counted_while_it_streams_too(server):
+    sent = server.http.post("/v1/variants", data={"name": "v"}, files={"artifact": b"x" * FIVE})
+    refusal(sent, 413, "upload_too_large")
+    sent = server.http.post("/v1/variants", data={"name": "v" * 2000}, files={"artifact": b"x"})
+    assert "'name'" in refusal(sent, 413, "upload_too_large")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"artifact": b"x"}, "'name'"),
+        ({"artifact": b"x", "name": (None, b"v"), "colour": (None, b"red")}, "'colour'"),
+        ({"name": (None, b"v")}, "'artifact'"),
+        ({"name": (None, b"v"), "adapter": ("../../evil", b"x")}, "evil"),
+        ({"name": (None, b"v"), "adapter": ("adapter_model.bin", b"x")}, "adapter_model.bin"),
+        ({"name": (None, b"v"), "adapter": ("adapter_config.json", b"{}")}, "adapter_model.safetensors is missing"),
+    ],
+)
+def test_a_form_with_other_parts_than_it_may_have_is_refused(server, parts, message):
+    assert message in refusal(server.http.post("/v1/variants", files=parts), 400, "upload_refused")
+
+
+def test_a_form_that_is_cut_short_or_none_at_all_is_refused(server):
+    head = {"Content-Type": "multipart/form-data; boundary=b"}
+    cut = b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nv'
+    refusal(server.http.post("/v1/variants", content=cut, headers=head), 400, "upload_incomplete")
+    refusal(server.http.post("/v1/variants", content=b"nonsense", headers=head), 400, "upload_refused")
+    assert "multipart/form-data" in refusal(server.http.post("/v1/variants", json={}), 400, "upload_refused")
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        ("?digest=" + "0" * 64, {}),
+        ("", {"X-Checksum-Sha256": "0" * 64}),
+        ("", {"Repr-Digest": f"sha-256=:{'A' * 43}=:"}),
+    ],
+)
+def test_a_wrong_checksum_is_refused(server, good, query, headers):
+    sent = server.http.put(f"/v1/variants/v{query}", content=good.read_bytes(), headers=headers)
+    assert hashlib.sha256(good.read_bytes()).hexdigest() in refusal(sent, 400, "upload_incomplete")
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        ("?digest=abc", {}),
+        ("", {"Repr-Digest": "md5=:AAAA:"}),
+        ("?digest=" + "0" * 64, {"X-Checksum-Sha256": "1" * 64}),
+    ],
+)
+def test_a_malformed_or_ambiguous_checksum_is_refused(server, good, query, headers):
+    sent = server.http.put(f"/v1/variants/v{query}", content=good.read_bytes(), headers=headers)
+    refusal(sent, 400, "upload_refused")
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+def test_c_oversized_upload_4_a_large_artifact_neither_fills_memory_nor_stops_other_streams(tmp_path):
+    """256 MB on disk: the server grows by less than 64 MB, and a stream's tokens keep coming."""
+    wide = save(tiny_llama(hidden=1024, layers=6), tmp_path / "wide", vocab=64)
+    names = [
+        f"model.layers.{layer}.{part}.weight"
+        for layer in range(6)
+        for part in (
+            *(f"self_attn.{one}_proj" for one in "qkvo"),
+            *(f"mlp.{one}_proj" for one in ("gate", "up", "down")),
+        )
+    ]
+    large = artifact(wide, tmp_path / "large.safetensors", names)
+    size = large.stat().st_size
+    assert size > 200 * 10**6
+    with serving(wide, tmp_path / "store") as (url, process):
+        tokens: list[float] = []
+        done = threading.Event()
+
+        def listen() -> None:
+            body = {"model": "wide", "prompt": [5], "max_tokens": 250, "stream": True, "ignore_eos": True}
+            while not done.is_set():
+                with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+                    for line in stream.iter_lines():
+                        if line:
+                            tokens.append(time.monotonic())
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        wait_until(lambda: len(tokens) > 20, 20)
+        before, most, began = resident_bytes(process.pid), 0, time.monotonic()
+        upload = subprocess.Popen(
+            ["curl", "-sS", "-T", str(large), f"{url}/v1/variants/large"], stdout=subprocess.PIPE, text=True
+        )
+        while upload.poll() is None:
+            most = max(most, resident_bytes(process.pid))
+            time.sleep(0.005)
+        ended = time.monotonic()
+        receipt = json.loads(upload.stdout.read())
+        wait_until(lambda: tokens[-1] > ended, 5)
+        done.set()
+        listener.join()
+    assert receipt["size_bytes"] == size
+    assert receipt["tensors_applied"] == receipt["tensors_total"] == len(names)
+    during = [time_ for time_ in tokens if began - 1 < time_ < ended + 1]
+    gap = max(after - earlier for earlier, after in pairwise(during))
+    assert gap < 1, f"no token for {gap:.2f} s"
+    print(f"grew by {(most - before) / 2**20:.0f} MiB, gap {gap:.2f}")
+    assert most - before < 64 * 2**20, f"grew by {(most - before) / 2**20:.0f} MiB"
