@@ -67,6 +67,9 @@ class ScriptedEngine:
     def ready(self) -> bool:
         return self._running and self.failure is None
 
+    def forget(self, digest: str) -> None:
+        """There is nothing to let go of: no variant's weights are here."""
+
     async def submit(self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling) -> Stream:
         if self.refusal:
             raise self.refusal
@@ -86,8 +89,15 @@ class ScriptedEngine:
 
     async def _answer(self, record: Submitted, stream: Stream, cancelled: asyncio.Event) -> None:
         script = self.script(record.prompt, record.version, record.sampling)
-        async with self._turns:
-            last = await self._say(script, record, stream, cancelled)
+        turn, leaving = asyncio.create_task(self._turns.acquire()), asyncio.create_task(cancelled.wait())
+        await asyncio.wait({turn, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not turn.done():
+            turn.cancel()
+            post([(stream, self._finished(record, "cancelled"))])
+            return
+        last = await self._say(script, record, stream, cancelled)
+        self._turns.release()
         post([(stream, last)])
 
     async def _say(self, script: Script, record: Submitted, stream: Stream, cancelled: asyncio.Event) -> Event:
