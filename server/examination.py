@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of what torch.save writes: a zip archive, or in old versions a bare pickle."""
 
-MAPPED_BYTES = 8 * 2**20
+MAPPED_BYTES = 4 * 2**20
 """Read pages of a mapped file count as resident until it is closed: it is opened anew after about so many bytes."""
 
 

@@ -22,6 +22,7 @@ from deltaserve.kernels.parts import Dense
 from deltaserve.server.app import create_app
 from deltaserve.server.settings import Settings
 from fastapi import FastAPI
+from torch import Tensor
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SMALL = {"cache_tokens": 2048, "threads": 1, "log_level": "warning"}
@@ -78,19 +79,22 @@ def serving(base: Path, store: Path, *flags: str) -> Iterator[tuple[str, subproc
             process.terminate()
 
 
-def artifact(base: Path, path: Path, names: list[str] | None = None, seed: int = 0, fingerprinted: str = "") -> Path:
-    """An artifact that adds noise to the tensors ``names`` of ``base``, by default to one of its first layer."""
-    checkpoint = open_checkpoint(base)
+def artifact(folder: Path, path: Path, names: list[str] | None = None, seed: int = 0, **more) -> Path:
+    """An artifact that adds noise to the tensors ``names`` of the base in ``folder``, by default to one of its first layer."""
+    checkpoint = open_checkpoint(folder)
     generator = torch.Generator().manual_seed(seed)
-
-    def parts():
-        for name in names or ["model.layers.0.mlp.down_proj.weight"]:
-            shape = checkpoint.shape(name)
-            codes = float_codes(0.1 * torch.randn(shape, generator=generator), "float32")
-            yield name, DenseSpec(shape=shape, codec="float32", group=1), Dense(shape, codes)
-
-    write_artifact(path, base=fingerprinted or fingerprint(checkpoint), tied_head=True, parts=parts())
+    parts = (
+        dense_part(name, 0.1 * torch.randn(checkpoint.shape(name), generator=generator))
+        for name in names or ["model.layers.0.mlp.down_proj.weight"]
+    )
+    write_artifact(path, **{"base": fingerprint(checkpoint), "tied_head": True, "parts": parts} | more)
     return path
+
+
+def dense_part(name: str, delta: Tensor) -> tuple[str, DenseSpec, Dense]:
+    """A part that holds ``delta`` in float32."""
+    shape = tuple(delta.shape)
+    return name, DenseSpec(shape=shape, codec="float32", group=1), Dense(shape, float_codes(delta, "float32"))
 
 
 def wait_until(condition, seconds: float = 5.0) -> None:
