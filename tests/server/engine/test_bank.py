@@ -1,6 +1,7 @@
 """Slots, bytes, holders and the queue of the bank, with a model that only notes what is in which slot."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -97,7 +98,7 @@ def test_the_byte_budget_makes_room_too() -> None:
 
 def test_a_version_larger_than_all_memory_is_refused() -> None:
     with bank(budget=20) as (it, _, _shelf):
-        with pytest.raises(RequestRefused, match="'big' needs 25 bytes.*have 20"):
+        with pytest.raises(RequestRefused, match=r"'big' needs 25 bytes.*have 20"):
             held(it, "big")
         held(it, "a")
 
@@ -130,6 +131,7 @@ def test_d_more_variants_than_slots_a_busy_variant_cannot_keep_another_out() -> 
                     other.future.result(WAIT)
                     break
                 passed += 1
+                time.sleep(0.001)
                 it.let_go(running)
                 running = following
             assert 1 <= passed <= 2 * PATIENCE
@@ -162,7 +164,7 @@ def test_a_damaged_artifact_fails_its_own_requests_only_and_is_not_tried_again_b
         it.let_go(held(it, "good")[0])
         good.future.result(WAIT)
         it.let_go(good)
-        with pytest.raises(ArtifactError, match="'odd'.*cannot be loaded: no such disk"):
+        with pytest.raises(ArtifactError, match=r"'odd'.*cannot be loaded: no such disk"):
             odd.future.result(WAIT)
         assert loads.counts == {"bad": 1, "good": 1, "odd": 1}
 

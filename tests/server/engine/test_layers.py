@@ -122,11 +122,11 @@ def test_wrapping_keeps_names_and_shares_parameters(make) -> None:  # type: igno
 
 def test_deltas_without_a_place_are_refused_by_name() -> None:
     base = tiny_llama()
+    grown = random_variant(base, "rows", seed=1, vocab=67).deltas
     wrapped = WrappedModel(base, Routing(), 2, reference, tied=True)
     with pytest.raises(UnsupportedArtifact, match=r"model\.layers\.9\.mlp\.weight"):
         wrapped.check({"model.layers.9.mlp.weight": (3, 3), "model.norm.weight": (32,)})
     with pytest.raises(UnsupportedArtifact, match=r"q_proj\.weight has shape \[40, 32\].*\[32, 32\]"):
         wrapped.check({"model.layers.0.self_attn.q_proj.weight": (40, 32)})
     with pytest.raises(UnsupportedArtifact, match="both must grow"):
-        grown = random_variant(base, "rows", seed=1, vocab=67).deltas
         wrapped.fit(VersionDeltas(grown.items(), tied_head=False))
