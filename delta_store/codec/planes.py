@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from deltaserve.delta_store.errors import CorruptArtifact
 
-SMALLEST, FAST = 19, 3
-"""zstd levels: for a few bytes that are kept for long, and for whole weights."""
+SMALLEST, FAST = 19, 1
+"""zstd levels: for a few bytes, and for whole weights, where level 9 is nine times slower and no smaller."""
 
 
 def squeeze(numbers: NDArray[Any], level: int) -> bytes:

@@ -361,7 +361,7 @@ def test_a_failure_leaves_nothing_behind(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-FUZZ_ROUNDS = 400
+FUZZ_ROUNDS = 1000
 SPARE_BYTES = 32 << 20
 
 

@@ -123,6 +123,13 @@ def test_weighted_columns_are_kept_with_their_probability(seed: int, width: int,
     assert (error.abs() <= 6 * (probabilities * (1 - probabilities) / blocks).sqrt() + 1e-12).all()
 
 
+@pytest.mark.parametrize(("weights", "kept"), [([1, 1, 1, 1], 3), ([1, 2, 3, 1, 4], 2), ([9, 1, 2, 3], 3)])
+def test_small_weights_are_exact_too(weights: list[int], kept: int) -> None:
+    """Where the line is short, points often fall on the border between two columns: it belongs to the second."""
+    columns, factors = weighted_columns(torch.tensor(weights), 5, "w", 50_000, kept)
+    assert (frequencies(columns, len(weights)) - 1 / factors.double()).abs().max() < 0.012
+
+
 def test_equal_weights_give_equal_probabilities() -> None:
     columns, factors = weighted_columns(torch.full((20,), 16), 1, "w", 4, 6)
     assert factors.tolist() == torch.full((20,), 20 / 6).tolist()

@@ -160,7 +160,7 @@ def test_lossless_parts_give_back_every_bit(
 
 
 def test_dare_keeps_the_delta_on_average() -> None:
-    """With q = kept / width a survivor is divided by its own probability, though 7 strata of 64 columns differ in size."""
+    """With q = kept / width a survivor is divided by its own probability, though strata differ in size (64 by 7)."""
     delta = drawn(4, 64).abs() + 1
     mean = torch.zeros(4, 64)
     for seed in range(2000):

@@ -121,6 +121,15 @@ def test_padding_rows_move_no_scale(codec: str, block: int, kept: int, seed: int
         assert (q * f).sum().item() == pytest.approx((f * f).sum().item(), rel=BFLOAT16_ROUNDING)
 
 
+@pytest.mark.parametrize("codec", CODED)
+@pytest.mark.parametrize("seed", range(10))
+def test_padding_rows_have_no_say_in_the_codes(codec: str, seed: int) -> None:
+    values = drawn((1, 1, 64), seed)
+    padded, alone = quantise(values, codec, 64, padding=32), quantise(values[:, :, :32], codec, 32)
+    assert padded.scales.equal(alone.scales)
+    assert codes_of(padded)[:32] == codes_of(alone)
+
+
 @pytest.mark.parametrize(
     ("codec", "codes", "scales"),
     [
