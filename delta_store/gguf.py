@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         raise UnsupportedCheckpoint(f"{file}: transformers cannot read this GGUF file: {error}") from error
     folder.mkdir(parents=True)
     copies = model.all_tied_weights_keys

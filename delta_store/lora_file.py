@@ -50,32 +50,40 @@ def read_modules(folder: Path, parameters: Iterable[str]) -> dict[str, Roles]:
     Raises UnsupportedCheckpoint, listing every tensor, where one has a role or a parameter that is not known;
     CheckpointError with counts and samples where modules are not the base's; MissingTensors for half a pair.
     """
-    entries = {key: Entry(shard, key, header) for shard in find_shards(folder, STEMS) for key, header in _items(shard)}
-    modules = _grouped(entries, folder)
+    entries = {
+        key: Entry(shard, key, header)
+        for shard in find_shards(folder, STEMS)
+        for key, header in shard.headers().items()
+    }
     known = set(parameters)
-    _check_matching(modules, known, folder)
-    for path, roles in modules.items():
-        _check_roles(path, roles, known, folder)
+    modules, unused = _grouped(entries, folder)
+    unused += _take_unused(modules, known, folder)
+    _check_matching(modules, _layers(known), folder)
+    if unused:
+        raise UnsupportedCheckpoint(
+            f"{folder}: the adapter holds tensors that have no place in the base: {', '.join(sorted(unused))} "
+            "(see bias, lora_bias, modules_to_save and the like in adapter_config.json)"
+        )
+    _check_pairs(modules, folder)
     return modules
 
 
-def _items(shard: Shard) -> Iterable[tuple[str, Header]]:
-    return shard.headers().items()
+def _layers(known: set[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in known}
 
 
-def _grouped(entries: dict[str, Entry], folder: Path) -> dict[str, Roles]:
+def _grouped(entries: dict[str, Entry], folder: Path) -> tuple[dict[str, Roles], list[str]]:
+    """The tensors by module, and the keys that do not even look like an adapter's."""
+    if not entries:
+        raise MissingTensors(f"{folder}: the adapter holds no tensors")
     modules: dict[str, Roles] = {}
-    unused = []
+    strange = []
     for key, clean in strip_wrappers(list(entries)).items():
-        match = KEY.fullmatch(clean)
-        if match is None:
-            unused.append(key)
+        if (match := KEY.fullmatch(clean)) is None:
+            strange.append(key)
         else:
             _place(entries[key], match["role"], modules.setdefault(match["module"], {}), folder)
-    _refuse_unused(unused, folder)
-    if not modules:
-        raise MissingTensors(f"{folder}: the adapter holds no tensors")
-    return modules
+    return modules, strange
 
 
 def _place(entry: Entry, role: str, roles: Roles, folder: Path) -> None:
@@ -85,29 +93,25 @@ def _place(entry: Entry, role: str, roles: Roles, folder: Path) -> None:
     roles[role] = entry
 
 
-def _check_matching(modules: dict[str, Roles], known: set[str], folder: Path) -> None:
-    there = {name.rpartition(".")[0] for name in known}
-    strangers = [path for path in modules if path not in there]
-    if strangers:
-        ending = strangers[0].rpartition(".")[2]
-        like = [path for path in sorted(there) if path.endswith(ending)] or sorted(there)
-        raise CheckpointError(
-            f"{folder}: {len(modules) - len(strangers)} of {len(modules)} modules of the adapter are in the base. "
-            f"Not there: {', '.join(strangers[:3])}. The base has: {', '.join(like[:3])}. "
-            "Was the adapter trained on another model, or saved with a prefix?"
-        )
+def _take_unused(modules: dict[str, Roles], known: set[str], folder: Path) -> list[str]:
+    """Take out of ``modules``, and return, the keys that belong to the base's layers but have no place there."""
+    layers = _layers(known)
+    unused = []
+    # What lies below one of the base's layers is of a kind that KEY takes for a module of its own.
+    for path in [path for path in modules if path not in layers and path.rpartition(".")[0] in layers]:
+        unused += [entry.key for entry in modules.pop(path).values()]
+    for path in modules.keys() & layers:
+        roles = modules[path]
+        _drop_replaced(roles, folder)
+        unused += [entry.key for role, entry in roles.items() if not _has_place(path, role, roles, known)]
+    return unused
 
 
-def _check_roles(path: str, roles: Roles, known: set[str], folder: Path) -> None:
+def _drop_replaced(roles: Roles, folder: Path) -> None:
+    """PEFT keeps what a fully trained copy replaced, and never computes with it."""
     for kind in ("weight", "bias"):
-        # PEFT keeps what a fully trained copy replaced, and never computes with it.
         if kind in roles and (replaced := roles.pop(f"original_module.{kind}", None)) is not None:
             logger.info("%s: %r is replaced by %r and not used", folder, replaced.key, roles[kind].key)
-    unused = [entry.key for role, entry in roles.items() if not _has_place(path, role, roles, known)]
-    _refuse_unused(unused, folder)
-    for one, other in PAIRS:
-        if (one in roles) != (other in roles):
-            raise MissingTensors(f"{folder}: {path} has only one of {one} and {other}")
 
 
 def _has_place(path: str, role: str, roles: Roles, known: set[str]) -> bool:
@@ -119,9 +123,20 @@ def _has_place(path: str, role: str, roles: Roles, known: set[str]) -> bool:
     return f"{path}.{kind}" in known
 
 
-def _refuse_unused(unused: list[str], folder: Path) -> None:
-    if unused:
-        raise UnsupportedCheckpoint(
-            f"{folder}: the adapter holds tensors that have no place in the base: {', '.join(sorted(unused))} "
-            "(see bias, lora_bias, modules_to_save and the like in adapter_config.json)"
+def _check_matching(modules: dict[str, Roles], layers: set[str], folder: Path) -> None:
+    strangers = [path for path in modules if path not in layers]
+    if strangers:
+        ending = strangers[0].rpartition(".")[2]
+        like = [path for path in sorted(layers) if path.endswith(ending)] or sorted(layers)
+        raise CheckpointError(
+            f"{folder}: {len(modules) - len(strangers)} of {len(modules)} modules of the adapter are in the base. "
+            f"Not there: {', '.join(strangers[:3])}. The base has: {', '.join(like[:3])}. "
+            "Was the adapter trained on another model, or saved with a prefix?"
         )
+
+
+def _check_pairs(modules: dict[str, Roles], folder: Path) -> None:
+    for path, roles in modules.items():
+        for one, other in PAIRS:
+            if (one in roles) != (other in roles):
+                raise MissingTensors(f"{folder}: {path} has only one of {one} and {other}")

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.delta import TensorDelta, deltas, head_is_tied
 from deltaserve.delta_store.lora import Adapter
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 TOKENS = torch.tensor([[1, 5, 9, 23, 40, 63, 2, 17], [3, 3, 60, 11, 31, 7, 50, 20]])
 

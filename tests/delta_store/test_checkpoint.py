@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltaserve.delta_store import gguf
+from safetensors.torch import load_file, save_file
+from tiny_models import fine_tuned, save, tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM
+
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.delta import deltas
 from deltaserve.delta_store.errors import (
@@ -17,9 +20,6 @@ from deltaserve.delta_store.errors import (
     UnsupportedCheckpoint,
 )
 from deltaserve.delta_store.fingerprint import fingerprint
-from safetensors.torch import load_file, save_file
-from tiny_models import fine_tuned, save, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -244,14 +244,6 @@ def test_an_unsupported_architecture_is_named(clean: Path, tmp_path: Path, setti
     (folder / "config.json").write_text(json.dumps(config | settings))
     with pytest.raises(UnsupportedCheckpoint, match=message):
         open_checkpoint(folder)
-
-
-def test_gguf_without_its_package_prints_the_install_command(tmp_path: Path, monkeypatch) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"pip install 'deltaserve\[gguf\]'"):
-        open_checkpoint(file)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure peak memory")

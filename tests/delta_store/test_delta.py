@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
-from deltaserve.delta_store.delta import TensorDelta, deltas, head_is_tied
-from deltaserve.delta_store.errors import CheckpointError, UnsupportedCheckpoint
 from merged_models import TOKENS, logits, merged
 from safetensors.torch import load_file, save_file
 from tiny_models import fine_tuned, save, tiny_gpt2, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.delta import TensorDelta, deltas, head_is_tied
+from deltaserve.delta_store.errors import CheckpointError, UnsupportedCheckpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -23,7 +24,9 @@ def untied(model: PreTrainedModel, seed: int = 9) -> PreTrainedModel:
     own = tiny_llama(tied=False)
     own.load_state_dict(fine_tuned(model, seed).state_dict())
     with torch.no_grad():
-        own.lm_head.weight += 0.05 * torch.randn(own.lm_head.weight.shape, generator=torch.Generator().manual_seed(seed))
+        own.lm_head.weight += 0.05 * torch.randn(
+            own.lm_head.weight.shape, generator=torch.Generator().manual_seed(seed)
+        )
     return own
 
 

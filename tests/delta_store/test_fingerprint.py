@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
-from deltaserve.delta_store.fingerprint import fingerprint
 from safetensors.torch import load_file, save_file
 from tiny_models import save, tiny_llama
 from torch import Tensor
+
+from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.fingerprint import fingerprint
 
 
 @pytest.fixture(autouse=True)
