@@ -44,8 +44,9 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Latencies in milliseconds, under names that say so."""
         setup = asdict(self.setup)
+        asking = setup.pop("asking")
         return {
-            "setup": {**setup, **setup.pop("asking"), "percentile_method": PERCENTILE_METHOD},
+            "setup": {**setup, **asking, "percentile_method": PERCENTILE_METHOD},
             "warmup_failed": self.warmup_failed,
             **_as_json(self.total),
             "per_model": {model: _as_json(part) for model, part in self.models.items()},
@@ -54,9 +55,11 @@ class Report:
     def print(self, console: Console) -> None:
         setup = self.setup
         console.print(
-            f"{setup.mix} mix over {len(setup.models)} models, {setup.concurrency} concurrent (closed loop), "
-            f"{setup.requests} requests after {setup.warmup_requests} to warm up ({self.warmup_failed} failed), "
-            f"{setup.prompts}"
+            f"Mix: {setup.mix} over {', '.join(setup.models)}. Concurrency: {setup.concurrency} (closed loop). "
+            f"Requests: {setup.requests} after {setup.warmup_requests} to warm up ({self.warmup_failed} failed); "
+            f"{setup.prompts}.",
+            markup=False,
+            highlight=False,
         )
         console.print(_rates(self.total))
         console.print(_latency_table(self.total))

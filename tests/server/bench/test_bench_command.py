@@ -20,6 +20,8 @@ def test_json_on_stdout_and_in_a_file_are_the_same(tmp_path: Path) -> None:
     assert document == json.loads(file.read_text())
     assert document["setup"]["models"] == ["base", "tuned"], "the models that the server lists, where none are named"
     assert document["setup"]["warmup_requests"] == 2
+    assert document["setup"]["endpoint"] == "chat"
+    assert "asking" not in document["setup"]
     assert {model: part["outcomes"]["completed"] for model, part in document["per_model"].items()} == {
         "base": 3,
         "tuned": 3,

@@ -171,7 +171,7 @@ def test_f_benchmark_flatters_report_names_its_conditions() -> None:
         status, output = bench(server, "--mix", "zipf", "--warmup", "3")
         report = measure(server)
     assert status == 0
-    assert "zipf mix over 2 models, 5 concurrent (closed loop), 10 requests after 3 to warm up (0 failed)" in output
+    assert "Mix: zipf over a, b. Concurrency: 5 (closed loop). Requests: 10 after 3 to warm up (0 failed)" in output
     assert "linear interpolation between the closest ranks" in output
     assert "per event" in output
     assert "* of fewer than 100 samples" in output
