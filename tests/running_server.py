@@ -80,7 +80,7 @@ def serving(base: Path, store: Path, *flags: str) -> Iterator[tuple[str, subproc
 
 
 def artifact(folder: Path, path: Path, names: list[str] | None = None, seed: int = 0, **more) -> Path:
-    """An artifact that adds noise to the tensors ``names`` of the base in ``folder``, by default to one of its first layer."""
+    """An artifact that adds noise to the tensors ``names`` of the base in ``folder``, by default to one."""
     checkpoint = open_checkpoint(folder)
     generator = torch.Generator().manual_seed(seed)
     parts = (
