@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaserve.delta_store.checkpoint import Checkpoint
-from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.errors import BaseMismatch, OptionError
 from deltaserve.delta_store.plain_model import plain_model, variant_config
-from deltaserve.delta_store.profile import Profile, find_profile, profile_folder, write_profile
+from deltaserve.delta_store.profile import Profile, file_name, find_profile, profile_folder, write_profile, write_whole
 from deltaserve.delta_store.text import WINDOW_TOKENS, Sample, read_samples, tokenizer_of, windows
 
 Count = Callable[[int, int], None]
@@ -23,15 +23,31 @@ FIRST_LOOK_TOKENS = 8
 
 
 def profile_for(
-    base: Checkpoint, fingerprint: str, text: Path | None, progress: Count = lambda done, total: None
+    base: Checkpoint, fingerprint: str, text: Path | None, file: Path | None, progress: Count = lambda done, total: None
 ) -> Profile:
     """The base's profile on ``text``, or on prose that every Python has; computed once, then taken from the cache.
 
-    Computing it loads the model. Raises OptionError for a text that cannot be read or tokenised.
+    With ``file`` it is taken from there, or written there too if there is no such file. Computing it loads the model.
+    Raises OptionError for a text that cannot be used, or beside a file; BaseMismatch for another base's file.
     """
+    if file is None or not file.exists():
+        profile = _cached(base, fingerprint, text, progress)
+        if file is not None:
+            write_whole(file, (profile_folder() / file_name(profile.digest)).read_bytes())
+        return profile
+    if text is not None:
+        raise OptionError(f"{file} is a finished profile, so no calibration text is read; give one of the two")
+    profile = Profile.open(file)
+    if profile.base != fingerprint:
+        raise BaseMismatch(f"{file} is the profile of another base than {base.folder}; leave it out to have one made")
+    write_whole(profile_folder() / file_name(profile.digest), file.read_bytes())
+    return profile
+
+
+def _cached(base: Checkpoint, fingerprint: str, text: Path | None, progress: Count) -> Profile:
     samples = _samples(base, text)
     kept = profile_folder() / "profiles" / _hash(fingerprint, samples)
-    if kept.is_file():
+    if kept.is_file() and (profile_folder() / file_name(kept.read_text())).is_file():
         return find_profile(kept.read_text(), profile_folder())
     vocabulary = base.shape(base.architecture.embedding)[0]
     config = variant_config(base.architecture, vocabulary, base.tied, torch.float32)
@@ -39,8 +55,7 @@ def profile_for(
     rms, vector_of = measure_inputs(model, samples, progress)
     source = "built-in text" if text is None else text.name
     profile = write_profile(profile_folder(), fingerprint, rms, vector_of, source)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(profile.digest)
+    write_whole(kept, profile.digest.encode())
     return profile
 
 

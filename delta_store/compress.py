@@ -72,32 +72,34 @@ def compress(
     method: str | None = None,
     options: Mapping[str, Value] | None = None,
     calibration: Path | None = None,
+    profile: Path | None = None,
     evaluate: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Receipt:
     """Write the artifact of ``fine_tuned`` (a checkpoint or a LoRA adapter) against ``base`` to ``out``.
 
     ``method`` is a key of ``METHODS``, by default ``weighted``, for an adapter ``lora``; ``options`` are those that it
-    takes. ``calibration`` is text for the base's profile, where the method needs one. ``evaluate`` is text to measure
-    on; its report goes into the artifact. The same input, options and seed give the same file. Raises OptionError and
+    takes. ``calibration`` is text for the base's profile, where the method needs one; ``profile`` is a file to take it
+    from, or to write it to. ``evaluate`` is text to measure on; its report goes into the artifact. The same input, options and seed give the same file. Raises OptionError and
     what opening the checkpoints raises; then nothing is written.
     """
     chosen = _chosen(method, fine_tuned)
     settings = chosen.options(options or {})
     _check_output(out)
-    if calibration is not None and not chosen.needs_profile:
-        raise OptionError(f"The method {chosen.name} uses no calibration text; leave it out")
+    if (calibration or profile) and not chosen.needs_profile:
+        raise OptionError(f"The method {chosen.name} uses no activation profile; leave calibration and profile out")
     base_checkpoint = open_checkpoint(base)
     fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
     _check_fits(chosen, fine_tune)
     samples = None if evaluate is None else _evaluation_samples(evaluate, base_checkpoint, fine_tune)
     progress("Fingerprint", 0, 1)
     base_fingerprint = fingerprint(base_checkpoint)
-    profile = None
+    weights = None
     if chosen.needs_profile:
-        profile = profile_for(base_checkpoint, base_fingerprint, calibration, _stage(progress, "Profile of the base"))
-    parts = list(_encode(chosen, settings, base_checkpoint, fine_tune, profile, _stage(progress, "Compress")))
-    needed = profile if _is_weighted(parts) else None
+        stage = _stage(progress, "Profile of the base")
+        weights = profile_for(base_checkpoint, base_fingerprint, calibration, profile, stage)
+    parts = list(_encode(chosen, settings, base_checkpoint, fine_tune, weights, _stage(progress, "Compress")))
+    needed = weights if _is_weighted(parts) else None
     warnings = () if parts else (f"{fine_tune.folder.name} equals the base, so the artifact holds no delta",)
 
     def write(path: Path, quality: Quality | None) -> str:

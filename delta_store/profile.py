@@ -66,9 +66,8 @@ class Profile:
         except (SafetensorError, ValidationError, KeyError) as error:
             raise CorruptArtifact(f"{path} is damaged or not an activation profile ({error}); make it again") from error
         if header.format_version != FORMAT_VERSION:
-            raise UnsupportedArtifact(
-                f"{path} has format version {header.format_version}, known are up to {FORMAT_VERSION}; upgrade deltaserve"
-            )
+            known = f"known are up to {FORMAT_VERSION}; upgrade deltaserve"
+            raise UnsupportedArtifact(f"{path} has profile format {header.format_version}, {known}")
         if not set(header.vector_of.values()) <= vectors.keys() or any(
             v.dtype != torch.uint8 for v in vectors.values()
         ):
@@ -95,12 +94,16 @@ def write_profile(
     header = Header(format_version=FORMAT_VERSION, base=base, source=source, vector_of=dict(sorted(vector_of.items())))
     data = save({key: encode(values) for key, values in rms.items()}, {METADATA_KEY: header.model_dump_json()})
     profile = Profile.from_bytes(data)
-    path = folder / file_name(profile.digest)
-    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / file_name(profile.digest), data)
+    return profile
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there with all of its bytes or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     partial.replace(path)
-    return profile
 
 
 def encode(rms: Tensor) -> Tensor:
