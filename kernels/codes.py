@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from deltaserve.kernels.parts import Codes
 from torch import Tensor
+
+from deltaserve.kernels.parts import Codes
 
 BITS = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4, "int2": 2, "sign": 1}
 OFFSETS = {"int8": 0.0, "int4": 8.0, "int2": 1.5, "sign": 0.5}

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from deltaserve.kernels import reference
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
-from torch import Tensor
 
 
 class Prepared(Protocol):

@@ -30,8 +30,8 @@ class Sparse:
 
     ``columns`` int32 ``[blocks, K]``, ascending in a block, ``blocks = ceil(out / V)``; ``values`` has shape
     ``(blocks, K, V)``, and what it holds for rows beyond ``out`` means nothing. ``factors`` float32 ``[in]`` multiplies
-    each survivor by the number at its column: ``1 / (1 - p)`` everywhere for DARE, the inverse inclusion probability
-    for weighted drop.
+    each survivor by the number at its column: the inverse of that column's inclusion probability (for DARE the size of
+    its stratum).
     """
 
     shape: tuple[int, int]

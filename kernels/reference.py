@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from deltaserve.kernels.codes import decode
 from deltaserve.kernels.parts import Delta, Dense, LowRank, Part, Rows, Sparse
 from deltaserve.kernels.segments import Segments
-from torch import Tensor
 
 NAME = "reference"
 

@@ -4,10 +4,11 @@ import random
 from math import prod
 
 import torch
+from torch import Tensor
+
 from deltaserve.kernels.codes import BITS, FLOAT_CODECS, float_codes, pack_bits
 from deltaserve.kernels.parts import Codes, Delta, Dense, LowRank, Part, Rows, Sparse
 from deltaserve.kernels.segments import BASE, Segments
-from torch import Tensor
 
 CODECS = tuple(BITS)
 BLOCKS = (1, 4, 8, 16, 32, 64)

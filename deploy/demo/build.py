@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from base import base_folder
 from corpora import CORPORA, Example, load
+from tqdm import tqdm
+from train import answer_loss, batch_of, encode
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.profile import Profile
 from deltaserve.kernels.reference import swap_in_, swap_out_
-from tqdm import tqdm
-from train import answer_loss, batch_of, encode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "benchmarks" / "results" / "demo.jsonl"

@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-from deltaserve.kernels import dispatch
-from deltaserve.kernels.parts import Delta, Dense
-from deltaserve.kernels.reference import swap_in_, swap_out_, unpack
-from deltaserve.kernels.segments import BASE, Segments
 from dense_oracle import (
     BLOCKS,
     CODECS,
@@ -19,6 +15,11 @@ from dense_oracle import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deltaserve.kernels import dispatch
+from deltaserve.kernels.parts import Delta, Dense
+from deltaserve.kernels.reference import swap_in_, swap_out_, unpack
+from deltaserve.kernels.segments import BASE, Segments
 
 KINDS = ("sparse", "low_rank", "dense", "rows")
 backends = pytest.mark.parametrize("backend", dispatch.BACKENDS.values(), ids=dispatch.BACKENDS)
