@@ -80,8 +80,9 @@ def compress(
 
     ``method`` is a key of ``METHODS``, by default ``weighted``, for an adapter ``lora``; ``options`` are those that it
     takes. ``calibration`` is text for the base's profile, where the method needs one; ``profile`` is a file to take it
-    from, or to write it to. ``evaluate`` is text to measure on; its report goes into the artifact. The same input, options and seed give the same file. Raises OptionError and
-    what opening the checkpoints raises; then nothing is written.
+    from, or to write it to. ``evaluate`` is text to measure on; its report goes into the artifact. The same input,
+    options and seed give the same file. Raises OptionError and what opening the checkpoints raises; then nothing is
+    written.
     """
     chosen = _chosen(method, fine_tuned)
     settings = chosen.options(options or {})

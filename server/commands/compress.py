@@ -1,6 +1,7 @@
 """``deltaserve compress``: from a fine-tune to its artifact."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
 from deltaserve.delta_store.pruning.options import BLOCKS, CODECS
 from deltaserve.server.client import AsJson
@@ -37,7 +37,7 @@ def command(
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option(help="Take the activation profile from this file, or write it there if there is none."),
+        typer.Option(help="Take the activation profile from this file; write it there if there is none."),
     ] = None,
     evaluate: Annotated[
         Path | None, typer.Option(help="Held-out text to measure on: plain, or .jsonl conversations.")
@@ -46,8 +46,8 @@ def command(
 ) -> None:
     """Compress a fine-tune into one small file: its delta from the base, pruned and quantised.
 
-    Options that are left out are the method's own defaults. A conversation is a line of JSON with "prompt" and "answer",
-    or with "messages".
+    Options that are left out are the method's own defaults. A conversation is a line of JSON with "prompt" and
+    "answer", or with "messages".
 
     Example: `deltaserve compress ./base ./reviews -o reviews.safetensors --drop 0.95 --evaluate held-out.jsonl`
     """
@@ -71,24 +71,20 @@ def command(
     if as_json:
         typer.echo(json.dumps({**asdict(receipt), "ratio": round(receipt.ratio, 2)}, indent=2))
     else:
-        Console(soft_wrap=True).print(_table(receipt))
+        typer.echo("\n".join(f"{name:<12}{value}" for name, value in _lines(receipt)))
 
 
-def _table(receipt: "Receipt") -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_row("artifact", receipt.path)
-    table.add_row("digest", receipt.digest)
-    table.add_row("method", receipt.method)
-    table.add_row("tensors", f"{receipt.tensors_changed} of {receipt.tensors_total} differ from the base")
-    table.add_row("size", f"{decimal(receipt.size_bytes)} ({receipt.size_bytes:,} bytes), the whole variant")
-    table.add_row("ratio", f"1/{receipt.ratio:.1f} of the 16-bit checkpoint ({decimal(receipt.full_bytes)})")
+def _lines(receipt: "Receipt") -> Iterator[tuple[str, str]]:
+    yield "artifact", receipt.path
+    yield "digest", receipt.digest
+    yield "method", receipt.method
+    yield "tensors", f"{receipt.tensors_changed} of {receipt.tensors_total} differ from the base"
+    yield "size", f"{decimal(receipt.size_bytes)} ({receipt.size_bytes:,} bytes), the whole variant"
+    yield "ratio", f"1/{receipt.ratio:.1f} of the 16-bit checkpoint ({decimal(receipt.full_bytes)})"
     if receipt.profile is not None:
-        table.add_row("profile", receipt.profile)
+        yield "profile", receipt.profile
     if (quality := receipt.quality) is not None:
         base = "-" if quality.loss_base is None else f"{quality.loss_base:.4f}"
-        table.add_row("KL", f"{quality.kl_mean:.5f} mean, {quality.kl_p99:.4f} at the 99th percentile")
-        table.add_row("same token", f"{quality.top1_agreement:.1%} of {quality.tokens}")
-        table.add_row(
-            "loss", f"base {base}, fine-tune {quality.loss_fine_tuned:.4f}, artifact {quality.loss_artifact:.4f}"
-        )
-    return table
+        yield "KL", f"{quality.kl_mean:.5f} mean, {quality.kl_p99:.4f} at the 99th percentile"
+        yield "same token", f"{quality.top1_agreement:.1%} of {quality.tokens}"
+        yield "loss", f"{base} base, {quality.loss_fine_tuned:.4f} fine-tune, {quality.loss_artifact:.4f} artifact"

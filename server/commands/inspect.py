@@ -1,6 +1,7 @@
 """``deltaserve inspect``: what an artifact holds."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,26 +27,23 @@ def command(
 
     found = inspect(file)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        rows = [{**asdict(row), "bits_per_weight": row.bits_per_weight} for row in found.rows]
+        typer.echo(json.dumps({**asdict(found), "rows": rows}, indent=2))
         return
-    console = Console(soft_wrap=True)
-    console.print(_fields(found))
-    console.print()
-    console.print(_parts(found))
+    typer.echo("\n".join(f"{name:<26}{value}" for name, value in _fields(found)) + "\n")
+    Console().print(_parts(found))
 
 
-def _fields(found: "Inspection") -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_row("digest", found.digest)
-    table.add_row("format", str(found.format_version))
-    table.add_row("base", found.base)
-    table.add_row("profile", found.profile or "none needed")
-    table.add_row("head", "follows the embedding" if found.tied_head else "its own")
+def _fields(found: "Inspection") -> Iterator[tuple[str, str]]:
+    yield "digest", found.digest
+    yield "format", str(found.format_version)
+    yield "base", found.base
+    yield "profile", found.profile or "none needed"
+    yield "head", "follows the embedding" if found.tied_head else "its own"
     for title, fields in (("made by", found.provenance), ("quality", found.quality or {})):
         for name, value in fields.items():
-            table.add_row(f"{title}: {name}", value if isinstance(value, str) else json.dumps(value))
-    table.add_row("files", ", ".join(found.files) or "none")
-    return table
+            yield f"{title}: {name}", value if isinstance(value, str) else json.dumps(value)
+    yield "files", ", ".join(found.files) or "none"
 
 
 def _parts(found: "Inspection") -> Table:
