@@ -6,12 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
 from deltaserve.delta_store.blobs import BlobStore
 from deltaserve.delta_store.registry.sqlite import SqliteRegistry
 from deltaserve.server.api import chat, completions, errors, models, operations, profiles, variants
 from deltaserve.server.settings import Settings
-from fastapi import FastAPI
-from starlette.concurrency import run_in_threadpool
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 from typing import Annotated
 
 import typer
-from deltaserve.delta_store.errors import DeltaServeError
 from rich.console import Console
+
+from deltaserve.delta_store.errors import DeltaServeError
 
 COMMANDS = ("compress", "inspect", "merge", "serve", "push", "list", "remove", "bench")
 

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import httpx
 import typer
+
 from deltaserve.delta_store.errors import DeltaServeError
 
 Url = Annotated[str, typer.Option(help="Address of the server, with or without /v1.")]

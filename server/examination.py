@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+
 from deltaserve.delta_store.blobs import BlobStore
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
 from deltaserve.delta_store.errors import ArtifactError, ProfileMissing, UnsupportedArtifact
 from deltaserve.delta_store.registry import Receipt
 from deltaserve.server.engine.loading import ArtifactLoader
-from safetensors import safe_open
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine

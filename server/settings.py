@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from deltaserve.delta_store.errors import OptionError
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from deltaserve.delta_store.errors import OptionError
 
 PREFIX = "DELTASERVE_"
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import httpx
 import torch
 import uvicorn
+from fastapi import FastAPI
+from torch import Tensor
+
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import write_artifact
 from deltaserve.delta_store.codec.specs import DenseSpec
@@ -21,8 +24,6 @@ from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Dense
 from deltaserve.server.app import create_app
 from deltaserve.server.settings import Settings
-from fastapi import FastAPI
-from torch import Tensor
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SMALL = {"cache_tokens": 2048, "threads": 1, "log_level": "warning"}

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadTooLarge
-from deltaserve.delta_store.variant_files import VARIANT_FILES
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
+
+from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadTooLarge
+from deltaserve.delta_store.variant_files import VARIANT_FILES
 
 MAX_NAME_BYTES = 1024
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

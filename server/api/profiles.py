@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import FileResponse
+from starlette.concurrency import run_in_threadpool
+
 from deltaserve.delta_store.errors import BaseMismatch, UploadIncomplete
 from deltaserve.delta_store.profile import Profile
 from deltaserve.server.api.uploads import receive_file
 from deltaserve.server.examination import how_to_send
-from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import FileResponse
-from starlette.concurrency import run_in_threadpool
 
 MAX_PROFILE_BYTES = 64 * 2**20
 """A profile has a byte for each column of each layer's input: 1 MB for a model of 8 billion parameters."""

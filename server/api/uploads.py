@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
-from deltaserve.delta_store.blobs import DIGEST, HashingFile
-from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadTooLarge
-from deltaserve.server.api.forms import Form
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
+
+from deltaserve.delta_store.blobs import DIGEST, HashingFile
+from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadTooLarge
+from deltaserve.server.api.forms import Form
 
 PIECE_BYTES = 2**20
 """Bytes gathered before they are hashed and written, off the event loop."""

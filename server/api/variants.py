@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anyio import to_thread
+from fastapi import APIRouter, Request
+from starlette.datastructures import State
+
 from deltaserve.delta_store.errors import InvalidName
 from deltaserve.delta_store.registry import Registered, check_name
 from deltaserve.server.api.uploads import receive_file, receive_form
 from deltaserve.server.examination import examine
-from fastapi import APIRouter, Request
-from starlette.datastructures import State
 
 router = APIRouter(prefix="/v1/variants", tags=["variants"])
 

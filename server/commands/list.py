@@ -4,10 +4,11 @@ import json
 from datetime import datetime
 
 import typer
-from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+
+from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected
 
 
 def command(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:

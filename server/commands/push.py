@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from deltaserve.delta_store.errors import OptionError
-from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected, variant_path
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected, variant_path
 
 if TYPE_CHECKING:
     import httpx

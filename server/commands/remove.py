@@ -4,6 +4,7 @@ import json
 from typing import Annotated
 
 import typer
+
 from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected, variant_path
 
 

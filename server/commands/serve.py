@@ -8,6 +8,7 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
+
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.settings import Settings, load
 
@@ -21,6 +22,7 @@ def command(**flags: Any) -> None:
     """
     settings = load(flags)
     import uvicorn
+
     from deltaserve.server.app import create_app
 
     class Server(uvicorn.Server):

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from deltaserve.delta_store.blobs import BlobStore, HashingFile, digest_of
 from deltaserve.delta_store.errors import CorruptArtifact, OptionError
 
@@ -44,10 +45,15 @@ def test_hashing_counts_what_comes_in_pieces(tmp_path):
 
 def test_a_write_that_fails_leaves_nothing(blobs):
     with pytest.raises(FileExistsError), blobs.workspace() as folder:
-        (folder / "file").mkdir()
-        HashingFile(folder / "file")
+        write_twice(folder / "file")
     assert blobs.digests() == set()
     assert list((blobs.root / "incoming").iterdir()) == []
+
+
+def write_twice(path):
+    for _ in range(2):
+        with HashingFile(path) as file:
+            file.write(b"half")
 
 
 def test_leftovers_of_a_crash_are_cleared_at_start_and_writes_under_way_are_not(blobs):

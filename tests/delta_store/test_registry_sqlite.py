@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from deltaserve.delta_store.errors import InvalidName, RegistryUnavailable, VariantNotFound
 from deltaserve.delta_store.registry import Receipt, check_name
 from deltaserve.delta_store.registry.migrations import MIGRATIONS

@@ -8,14 +8,15 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from running_server import ENVIRONMENT, artifact, running, serving
+from tiny_models import save, tiny_llama
+
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.profile import file_name, write_profile
 from deltaserve.server.cli import COMMANDS, main
 from deltaserve.server.settings import Settings
-from peft import LoraConfig, get_peft_model
-from running_server import ENVIRONMENT, artifact, running, serving
-from tiny_models import save, tiny_llama
 
 
 @pytest.fixture(scope="module")

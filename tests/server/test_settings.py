@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.settings import PREFIX, Settings, load
-from pydantic import ValidationError
 
 TABLE = Path(__file__).parents[2] / "docs" / "settings.md"
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from deltaserve.delta_store.checkpoint import open_checkpoint
-from deltaserve.delta_store.fingerprint import fingerprint
-from deltaserve.delta_store.profile import file_name, write_profile
 from peft import LoraConfig, get_peft_model
 from running_server import Running, artifact, dense_part, running, serving
 from tiny_models import save, tiny_llama
 from transformers import AutoModelForCausalLM
+
+from deltaserve.delta_store.checkpoint import open_checkpoint
+from deltaserve.delta_store.fingerprint import fingerprint
+from deltaserve.delta_store.profile import file_name, write_profile
 
 
 @pytest.fixture(scope="module")
