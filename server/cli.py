@@ -1,7 +1,6 @@
 """The command line: gathers the commands and turns errors into one line."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -20,8 +19,7 @@ app = typer.Typer(
 )
 
 for _name in COMMANDS:
-    if find_spec(f"deltaserve.server.commands.{_name}"):
-        app.command(_name)(import_module(f"deltaserve.server.commands.{_name}").command)
+    app.command(_name)(import_module(f"deltaserve.server.commands.{_name}").command)
 
 
 def _print_version(wanted: bool) -> None:
