@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
@@ -13,6 +12,7 @@ from deltaserve.delta_store.blobs import BlobStore
 from deltaserve.delta_store.registry.sqlite import SqliteRegistry
 from deltaserve.server.api import chat, completions, errors, models, operations, profiles, variants
 from deltaserve.server.settings import Settings
+from deltaserve.server.version import installed_version
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
@@ -66,11 +66,3 @@ def load_engine(settings: Settings, profiles: BlobStore) -> "Engine":
         threads=settings.threads,
     )
     return Engine(settings.base, limits=limits, profile_path=profiles.path)
-
-
-def installed_version() -> str:
-    """The version of the installed package, or ``0+checkout`` where only the source tree is there."""
-    try:
-        return version("deltaserve")
-    except PackageNotFoundError:
-        return "0+checkout"

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from deltaserve.delta_store.errors import DeltaServeError
+from deltaserve.server.version import installed_version
 
 COMMANDS = ("compress", "inspect", "merge", "serve", "push", "list", "remove", "bench")
 
@@ -24,8 +25,6 @@ for _name in COMMANDS:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from deltaserve.server.app import installed_version
-
         typer.echo(f"deltaserve {installed_version()}")
         raise typer.Exit
 
