@@ -10,9 +10,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Sampling:
     """How one request's tokens are chosen. The HTTP layer has checked every range before it builds one.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 keep everything. ``seed`` None draws a fresh one. ``logprobs``
-    None returns none, n >= 0 returns the chosen token's and the n most likely ones', of the model's own distribution
-    (before temperature and filters).
+    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 keep everything. ``seed`` None draws a fresh one.
+    ``logprobs`` None returns none, n >= 0 returns the chosen token's and the n most likely ones', of the model's own
+    distribution (before temperature and filters).
     """
 
     max_tokens: int
