@@ -20,6 +20,7 @@ Count = Callable[[int, int], None]
 
 CALIBRATION_TOKENS = 4096
 FIRST_LOOK_TOKENS = 8
+TOPIC_CHARACTERS = 800
 
 
 def profile_for(
@@ -60,10 +61,10 @@ def _cached(base: Checkpoint, fingerprint: str, text: Path | None, progress: Cou
 
 
 def built_in_text() -> str:
-    """Prose that every Python has: the language reference, as ``help()`` shows it."""
+    """Prose that every Python has: the beginnings of the topics that ``help()`` knows."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name][:TOPIC_CHARACTERS] for name in sorted(topics))
 
 
 def _samples(base: Checkpoint, text: Path | None) -> list[Sample]:

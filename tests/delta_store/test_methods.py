@@ -1,6 +1,7 @@
 """What each method keeps: how much, unbiased, the same for one seed; and what is never pruned."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +215,14 @@ def test_every_row_of_the_table_says_what_it_is() -> None:
         assert row.function.__doc__
         assert "arXiv" in row.source
         assert row.options({}) is not None
+
+
+def test_every_method_has_a_card_with_its_defaults() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    for name, row in METHODS.items():
+        card = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for heading in ("Concept", "When to use", "Inputs", "Parameters", "Paper"):
+            assert f"**{heading}.**" in card
+        defaults = ", ".join(f"`{option}` ({value})" for option, value in row.defaults.items()) or "none"
+        assert f"[`{name}`](#{name})" in text
+        assert f"| {defaults} |" in text

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny_models import save, tiny_gpt2, tiny_llama
 
 from deltaserve.delta_store.calibration import is_linear, measure_inputs, profile_for
 from deltaserve.delta_store.checkpoint import open_checkpoint
@@ -135,7 +135,3 @@ def test_a_base_without_a_tokenizer_has_a_profile_too(tmp_path: Path) -> None:
     assert f"{LAYER}mlp.up_proj.weight" in profile_for(checkpoint, "0" * 64, None, None)
     with pytest.raises(OptionError, match="no tokenizer"):
         profile_for(checkpoint, "0" * 64, tmp_path / "text.txt", None)
-
-
-def test_the_tokenizer_of_the_fixture_reads_the_text() -> None:
-    assert len(tiny_tokenizer(64)("the fox").input_ids) == 7

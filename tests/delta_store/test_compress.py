@@ -1,0 +1,307 @@
+"""Compressing: the same file for the same input, everything counted, refusals that leave nothing, bounded memory."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import fine_tuned, save, tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from deltaserve.delta_store.checkpoint import open_checkpoint
+from deltaserve.delta_store.codec.artifact import open_artifact
+from deltaserve.delta_store.compress import compress
+from deltaserve.delta_store.errors import CheckpointError, DeltaServeError, OptionError
+from deltaserve.delta_store.fingerprint import fingerprint
+from deltaserve.delta_store.merge import variant_tensors
+from deltaserve.delta_store.profile import Profile, file_name, profile_of, write_profile
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+GOLDEN = {
+    "dare": "be37641432c8f8acd0bcacb9fd263b7be6200839d1784e4b771403ec270dd202",
+    "weighted": "327d73dcc5baa3047cedd0afa417f3f3fa6196be531d981c5f16441d3ac89d93",
+    "lossless": "e74352fdf7a2b79e92ec45522ddfcc645f8c2d0f0c9037ffc3a3e465cec3bbd0",
+}
+"""SHA-256 of the tensors' bytes and the table of parts. A change here is a change of what files hold."""
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_llama(), tmp_path_factory.mktemp("base"), vocab=64)
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(fine_tuned(tiny_llama()), tmp_path_factory.mktemp("fine"), vocab=64)
+
+
+def adapter_of(base: Path, folder: Path, **settings: object) -> Path:
+    torch.manual_seed(3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    return folder
+
+
+def exact_base(folder: Path, seed: int) -> Path:
+    """Numbers of whole eighths, so that no machine rounds them; the embedding is the same for every seed."""
+    save(tiny_llama(), folder)
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        start = torch.randint(-64, 64, tensor.shape, generator=generator) / 8
+        change = torch.randint(-8, 8, tensor.shape, generator=generator) / 8
+        tensors[name] = start + (0 if "embed" in name else seed * change)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def content_hash(path: Path) -> str:
+    """Of all that a reader decodes; the manifest's provenance names this version and is left out."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    manifest = json.loads(json.loads(data[8:start])["__metadata__"]["deltaserve"])
+    return hashlib.sha256(json.dumps(manifest["parts"]).encode() + data[start:]).hexdigest()
+
+
+@pytest.mark.parametrize("method", GOLDEN)
+def test_golden_bytes(method: str, tmp_path: Path) -> None:
+    """The lossless hash also depends on zstd, whose version constraints.txt pins."""
+    base, fine = exact_base(tmp_path / "base", 0), exact_base(tmp_path / "fine", 1)
+    checkpoint = open_checkpoint(base)
+    weights = {name: checkpoint.shape(name)[1] for name in checkpoint.names if len(checkpoint.shape(name)) == 2}
+    rms = {str(width): torch.arange(1, width + 1) / width for width in set(weights.values())}
+    vector_of = {name: str(width) for name, width in weights.items()}
+    profile = write_profile(tmp_path, fingerprint(checkpoint), rms, vector_of, "made by hand")
+    compress(
+        base,
+        fine,
+        tmp_path / "out",
+        method=method,
+        options={} if method == "lossless" else {"drop": 0.75},
+        profile=tmp_path / file_name(profile.digest) if method == "weighted" else None,
+    )
+    assert content_hash(tmp_path / "out") == GOLDEN[method]
+
+
+@pytest.mark.parametrize("method", GOLDEN)
+def test_the_same_input_and_seed_give_the_same_file(method: str, base: Path, fine: Path, tmp_path: Path) -> None:
+    digests = [compress(base, fine, tmp_path / name, method=method).digest for name in ("one", "other")]
+    assert digests[0] == digests[1]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_the_receipt_counts_everything(base: Path, fine: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    receipt = compress(base, fine, out, method="dare")
+    assert receipt.digest == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert receipt.size_bytes == out.stat().st_size
+    assert receipt.full_bytes == 2 * sum(p.numel() for p in tiny_llama().parameters())
+    assert receipt.ratio == receipt.full_bytes / receipt.size_bytes
+    assert (receipt.tensors_changed, receipt.tensors_total) == (20, 20)
+    assert (receipt.profile, receipt.warnings, receipt.quality) == (None, (), None)
+
+
+def test_an_artifact_says_how_it_was_made_and_not_where(base: Path, fine: Path, tmp_path: Path) -> None:
+    receipt = compress(base, fine, tmp_path / "out", options={"seed": 5, "drop": 0.5})
+    manifest = open_artifact(tmp_path / "out").manifest
+    made = manifest.provenance
+    assert (made["method"], made["base"], made["fine_tuned"], made["dtype"]) == (
+        "weighted",
+        base.name,
+        fine.name,
+        "float32",
+    )
+    assert made["options"] == {"drop": 0.5, "block": 16, "codec": "int2", "seed": 5, "rank": 4}
+    assert manifest.profile == receipt.profile
+    assert str(tmp_path).encode() not in (tmp_path / "out").read_bytes()
+    assert str(base.parent).encode() not in (tmp_path / "out").read_bytes()
+
+
+def test_tensors_that_are_the_bases_are_absent(base: Path, tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 0.5
+    compress(base, save(model, tmp_path / "fine"), tmp_path / "out", method="dare")
+    assert open_artifact(tmp_path / "out").names == ("model.layers.1.mlp.up_proj.weight",)
+
+
+def test_a_no_key_matches_an_all_zero_delta_warns(base: Path, tmp_path: Path) -> None:
+    receipt = compress(base, save(tiny_llama(), tmp_path / "same"), tmp_path / "out")
+    assert receipt.warnings == ("same equals the base, so the artifact holds no delta",)
+    artifact = open_artifact(tmp_path / "out")
+    assert artifact.names == ()
+    assert artifact.manifest.provenance["warnings"] == list(receipt.warnings)
+
+
+def test_a_no_key_matches_wrapped_names_give_the_same_artifact(base: Path, fine: Path, tmp_path: Path) -> None:
+    wrapped = save(fine_tuned(tiny_llama()), tmp_path / fine.name, vocab=64)
+    tensors = {f"module._orig_mod.{name}": t for name, t in load_file(wrapped / "model.safetensors").items()}
+    save_file(tensors, wrapped / "model.safetensors", {"format": "pt"})
+    one, other = (compress(base, folder, tmp_path / "out", method="dare").digest for folder in (fine, wrapped))
+    assert one == other
+
+
+def test_a_no_key_matches_a_missing_layer_leaves_no_file(base: Path, fine: Path, tmp_path: Path) -> None:
+    tensors = load_file(fine / "model.safetensors")
+    broken = save(tiny_llama(), tmp_path / "broken")
+    gone = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: t for k, t in tensors.items() if k != gone}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=gone):
+        compress(base, broken, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_files_that_differ_travel_and_others_do_not(base: Path, tmp_path: Path) -> None:
+    fine = save(fine_tuned(tiny_llama()), tmp_path / "fine", vocab=64)
+    (fine / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    settings = json.loads((fine / "generation_config.json").read_text())
+    (fine / "generation_config.json").write_text(json.dumps({**settings, "transformers_version": "1"}))
+    compress(base, fine, tmp_path / "out", method="dare")
+    assert open_artifact(tmp_path / "out").files == {"chat_template.jinja": b"{{ messages[0].content }}"}
+
+
+def test_an_adapter_is_stored_as_its_factors(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(base, tmp_path / "adapter", r=4, target_modules=["q_proj", "up_proj"])
+    receipt = compress(base, adapter, tmp_path / "out")
+    artifact = open_artifact(tmp_path / "out")
+    assert (receipt.method, receipt.tensors_changed) == ("lora", 4)
+    assert {spec.kind for name in artifact.names for spec in artifact.specs(name)} == {"low_rank"}
+    assert artifact.manifest.tied_head
+
+
+@pytest.mark.parametrize("method", ["lora", "dare"])
+def test_an_adapter_decodes_to_peft_merged(method: str, base: Path, tmp_path: Path) -> None:
+    """Nothing dropped and in float32, dare gives the same."""
+    adapter = adapter_of(base, tmp_path / "adapter", r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+    options = {"drop": 0.0, "codec": "float32"} if method == "dare" else {}
+    compress(base, adapter, tmp_path / "out", method=method, options=options)
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    wanted = model.merge_and_unload().state_dict()
+    for name, tensor in variant_tensors(open_checkpoint(base), open_artifact(tmp_path / "out"), None):
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-2 if "norm" in name else 1e-6, rtol=0)
+
+
+def test_a_transposed_linear_survives(tmp_path: Path) -> None:
+    """Nothing dropped: the square layer and the other are the fine-tune's, as GPT-2 stores them."""
+    base, fine = save(tiny_gpt2(), tmp_path / "base"), save(fine_tuned(tiny_gpt2()), tmp_path / "fine")
+    for method in ("dare", "weighted"):
+        compress(base, fine, tmp_path / "out", method=method, options={"drop": 0.0, "codec": "float32"})
+        artifact, wanted = open_artifact(tmp_path / "out"), open_checkpoint(fine)
+        merged = dict(variant_tensors(open_checkpoint(base), artifact, profile_of(artifact)))
+        for layer in ("c_attn", "c_proj"):
+            name = f"transformer.h.0.attn.{layer}.weight"
+            torch.testing.assert_close(merged[name], wanted.read(name), atol=1e-6, rtol=0)
+
+
+def test_position_embeddings_are_not_pruned(tmp_path: Path) -> None:
+    base, fine = save(tiny_gpt2(), tmp_path / "base"), save(fine_tuned(tiny_gpt2()), tmp_path / "fine")
+    compress(base, fine, tmp_path / "out", method="dare")
+    kinds = {spec.kind for spec in open_artifact(tmp_path / "out").specs("transformer.wpe.weight")}
+    assert kinds == {"rows", "low_rank"}
+
+
+def test_a_profile_of_one_text_serves_another_fine_tune(base: Path, fine: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a domain of its own. " * 100)
+    one = compress(base, fine, tmp_path / "one", calibration=text, profile=tmp_path / "profile")
+    other = save(fine_tuned(tiny_llama(), seed=8), tmp_path / "other")
+    two = compress(base, other, tmp_path / "two", profile=tmp_path / "profile")
+    assert one.profile == two.profile == Profile.open(tmp_path / "profile").digest
+    artifact = open_artifact(tmp_path / "two")
+    assert len(dict(variant_tensors(open_checkpoint(base), artifact, profile_of(artifact)))) == 20
+
+
+def test_evaluating_writes_the_report_into_the_artifact(base: Path, fine: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    receipt = compress(base, fine, tmp_path / "out", method="dare", options={"drop": 0.5}, evaluate=text)
+    report = open_artifact(tmp_path / "out").manifest.quality
+    assert receipt.quality is not None
+    assert report is not None
+    assert report["kl_mean"] == receipt.quality.kl_mean > 0
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["out", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lora"}, "lora cannot store a full checkpoint; use one of: weighted, dare, lossless"),
+        ({"method": "best"}, "known are"),
+        ({"method": "lossless", "options": {"rank": 3}}, "no option rank"),
+        ({"method": "dare", "calibration": Path("x.txt")}, "no activation profile"),
+        ({"calibration": Path("nowhere.txt")}, "Cannot read the text file nowhere.txt"),
+        ({"evaluate": Path("nowhere.txt")}, "Cannot read the text file nowhere.txt"),
+    ],
+)
+def test_a_refusal_leaves_no_file(
+    options: dict[str, object], message: str, base: Path, fine: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        compress(base, fine, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(base: Path, fine: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="is a folder"):
+        compress(base, fine, tmp_path)
+    with pytest.raises(OptionError, match="does not exist"):
+        compress(base, fine, tmp_path / "nowhere" / "out")
+
+
+def test_lossless_is_not_for_adapters(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(OptionError, match="cannot store a LoRA adapter; use one of: weighted, dare, lora"):
+        compress(base, adapter, tmp_path / "out", method="lossless")
+
+
+def test_bad_conversations_are_named_by_line(base: Path, fine: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    good = json.dumps({"prompt": "a", "answer": "b"})
+    for bad in ('{"prompt": "a"}', "not json", '{"messages": [{"role": "user", "content": "a"}]}'):
+        text.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(DeltaServeError, match="line 2"):
+            compress(base, fine, tmp_path / "out", method="dare", evaluate=text)
+    assert not (tmp_path / "out").exists()
+
+
+MEASURE = """
+import resource, sys
+import torch
+from pathlib import Path
+from deltaserve.delta_store.compress import compress
+torch.set_num_threads(1)
+tiny, base, fine, out = sys.argv[1:]
+compress(tiny, tiny, Path(out), method="dare")  # everything imported, nothing large read
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+compress(base, fine, Path(out), method="dare")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_peak_memory_follows_the_largest_tensor_not_the_model(tmp_path: Path) -> None:
+    """Four of the largest tensor, twice the output, and 12 MB of slack are far below half of the model."""
+    model = tiny_llama(hidden=256, layers=18, vocab=64)
+    base, fine = save(model, tmp_path / "base"), save(fine_tuned(model), tmp_path / "fine")
+    sizes = [tensor.nbytes for tensor in load_file(base / "model.safetensors").values()]
+    command = [sys.executable, "-c", MEASURE, str(save(tiny_llama(), tmp_path / "tiny")), str(base), str(fine)]
+    result = subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True, text=True)
+    allowed = 4 * max(sizes) + 2 * (tmp_path / "out").stat().st_size + (12 << 20)
+    assert 2 * allowed < sum(sizes)
+    assert int(result.stdout) * 1024 < allowed
