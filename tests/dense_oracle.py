@@ -25,8 +25,8 @@ def random_codes(rng: torch.Generator, codec: str, shape: tuple[int, ...], group
     if codec in FLOAT_CODECS:
         values = torch.randn(count, generator=rng).to(FLOAT_CODECS[codec])
         return float_codes(values, codec, shape), values.double().reshape(shape)
-    scales = (torch.rand(-(-count // group), generator=rng) + 0.5).bfloat16()
-    low, high = {"int8": (-127, 127), "int4": (1, 15), "int2": (0, 3), "sign": (0, 1)}[codec]
+    low, high, largest = {"int8": (-127, 127, 127), "int4": (1, 15, 7), "int2": (0, 3, 1.5), "sign": (0, 1, 1)}[codec]
+    scales = ((torch.rand(-(-count // group), generator=rng) + 0.5) / largest).bfloat16()  # float16 holds no large sums
     levels = torch.randint(low, high + 1, (count,), generator=rng)
     meaning = {
         "int8": lambda c: c,
