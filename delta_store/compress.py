@@ -19,7 +19,7 @@ from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
 from deltaserve.delta_store.codec.specs import SparseSpec, Spec
 from deltaserve.delta_store.codec.xor import XorPayload
-from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.lora import is_adapter
@@ -148,7 +148,7 @@ def _check_output(out: Path) -> None:
 
 
 def _check_fits(chosen: Method, fine_tune: FineTune) -> None:
-    """Refuse a method that is not for this kind of fine-tune, and tensors that are neither matrix nor vector."""
+    """Refuse a method that is not for this kind of fine-tune."""
     fits = [m.name for m in METHODS.values() if (m.for_adapters if fine_tune.is_adapter else m.for_checkpoints)]
     if chosen.name not in fits:
         kind = "a LoRA adapter" if fine_tune.is_adapter else "a full checkpoint"
@@ -170,8 +170,17 @@ def _encode(
     embeddings = embedding_names(base.architecture)
     for done, change in enumerate(fine_tune.changes()):
         progress(done, fine_tune.tensor_count)
+        _check_shape(change.name, base.shape(base.held_as(change.name)))
         for spec, part in encode_change(chosen, change, settings, profile, embeddings):
             yield change.name, spec, part
+
+
+def _check_shape(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) not in (1, 2):
+        raise UnsupportedCheckpoint(
+            f"{name} has shape {list(shape)}; only matrices and vectors can be stored, "
+            "so a fine-tune must leave it as it is"
+        )
 
 
 def _is_weighted(parts: Sequence[tuple[str, Spec, Part | XorPayload]]) -> bool:

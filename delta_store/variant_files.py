@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from deltaserve.delta_store.errors import CheckpointError
+
 VARIANT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,7 +43,7 @@ def _meaning(path: Path) -> object:
     if not path.is_file():
         return None
     content = path.read_bytes()
-    return _parsed(content) if path.suffix == ".json" else content
+    return _parsed(path, content) if path.suffix == ".json" else content
 
 
 def _clean(path: Path) -> bytes:
@@ -49,11 +51,14 @@ def _clean(path: Path) -> bytes:
     content = path.read_bytes()
     if path.suffix != ".json" or not any(key.encode() in content for key in WITHOUT_MEANING):
         return content
-    return json.dumps(_parsed(content), indent=2, ensure_ascii=False).encode()
+    return json.dumps(_parsed(path, content), indent=2, ensure_ascii=False).encode()
 
 
-def _parsed(content: bytes) -> object:
-    data = json.loads(content)
+def _parsed(path: Path, content: bytes) -> object:
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no valid JSON ({error}); save the tokenizer again") from error
     if isinstance(data, dict):
         return {key: value for key, value in data.items() if key not in WITHOUT_MEANING}
     return data
