@@ -27,7 +27,6 @@ SEEDS = (0, 1, 2)
 SETTINGS = {
     "weighted p=0.98 V=16 int2": ("weighted", "--drop", "0.98", "--block", "16", "--codec", "int2"),
     "dare p=0.98 V=16 int2": ("dare", "--drop", "0.98", "--block", "16", "--codec", "int2"),
-    "weighted p=0.99 V=16 sign": ("weighted", "--drop", "0.99", "--block", "16", "--codec", "sign"),
     "weighted p=0.95 V=16 int4": ("weighted", "--drop", "0.95", "--block", "16", "--codec", "int4"),
     "dare p=0.99 V=1 bf16": ("dare", "--drop", "0.99", "--block", "1", "--codec", "bf16"),
 }
