@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tiny_models import save
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
 from deltaserve.kernels import reference
 from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Codes, Delta, Dense, LowRank, Rows, Sparse
 from deltaserve.server.engine.engine import Engine, EngineLimits
 from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.wrapped import VersionDeltas
-from tiny_models import save
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 SMALL = EngineLimits(cache_tokens=1024, batch_tokens=32, context=200, bank_slots=4, max_running=16)
 

@@ -22,12 +22,6 @@ from typing import Any
 
 import torch
 import transformers
-from deltaserve.delta_store.errors import EngineDown, EngineError, GenerationFailed
-from deltaserve.server.engine import attention, sampler
-from deltaserve.server.engine.jobs import Job
-from deltaserve.server.engine.requests import Token
-from deltaserve.server.engine.routing import Routing
-from deltaserve.server.engine.stream import Event, Stream, post
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import continuous_api as api
@@ -36,9 +30,17 @@ from transformers.generation.continuous_batching.initialization import update_cb
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
+from deltaserve.delta_store.errors import EngineDown, EngineError, GenerationFailed
+from deltaserve.server.engine import attention, sampler
+from deltaserve.server.engine.jobs import Job
+from deltaserve.server.engine.requests import Token
+from deltaserve.server.engine.routing import Routing
+from deltaserve.server.engine.stream import Event, Stream, post
+
 logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = 16
+RESTARTING = "The engine is restarting after a failure; try again"
 RESTARTS_IN_A_ROW = 3
 """After so many restarts without one finished step the engine stays down."""
 
@@ -181,10 +183,7 @@ def _failed(error: Exception) -> GenerationFailed:
 
 
 class Batching(api.ContinuousBatchingManager):
-    """The generation thread: takes jobs, runs them in batches, and starts again after a failure.
-
-    ``failure`` says why no job is taken, None while all is well.
-    """
+    """The generation thread: takes jobs, runs them in batches, and starts again after a failure."""
 
     def __init__(
         self, model: PreTrainedModel, routing: Routing, *, cache_tokens: int, batch_tokens: int, running: int
@@ -201,7 +200,7 @@ class Batching(api.ContinuousBatchingManager):
         )
         never_ends = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1, pad_token_id=0)
         super().__init__(model, never_ends, config)
-        self.failure: str | None = "The engine is not started"
+        self._failure: str | None = "The engine is not started"
         self.output_router = self.router = Router()
         self._routing = routing
         self._cancelled: deque[str] = deque()
@@ -211,9 +210,16 @@ class Batching(api.ContinuousBatchingManager):
     def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = False) -> None:
         model.set_attn_implementation(attention.NAME)
 
+    @property
+    def failure(self) -> str | None:
+        """Why no job is taken, None while all is well."""
+        if self._failure is None and self.background_thread_status.can_accept_new_requests() is not None:
+            return RESTARTING
+        return self._failure
+
     def start(self) -> None:
         """Start the thread; as a daemon, for it must not keep a process alive that is done."""
-        self._stopping, self.failure = False, None
+        self._stopping, self._failure = False, None
         self.background_thread_status.clear()
         self._generation_thread = threading.Thread(
             target=self._run_generation_loop, args=(True,), name="generation", daemon=True
@@ -236,9 +242,9 @@ class Batching(api.ContinuousBatchingManager):
             sampling = job.chooser.sampling
             ids = list(job.chooser.stop_ids) or -1
             taken = self.add_request(list(job.prompt), job.id, sampling.max_tokens, eos_token_id=ids)
-            if taken is None:
+            if taken is None:  # it failed just now
                 del self.router.jobs[job.id]
-                raise EngineDown("The engine is restarting after a failure; try again")
+                raise EngineDown(RESTARTING)
 
     def cancel(self, job: Job) -> None:
         """Take a job out of the batch before the next step."""
@@ -293,17 +299,17 @@ class Batching(api.ContinuousBatchingManager):
     def _start_over(self, error: Exception, pause: float) -> None:
         logger.error("Generation failed and starts again with an empty cache: %s", error)
         with self._taking:
-            self.failure = f"The engine is restarting after a failure: {error}"
+            self._failure = RESTARTING
         self._drop_everything(GenerationFailed(f"Generation failed, try again: {error}"))
         self.batch_processor = None
         time.sleep(pause)
         with self._taking:
             self.background_thread_status.clear()
-            self.failure = None
+            self._failure = None
 
     def _refuse(self, reason: str) -> None:
         with self._taking:
-            self.failure = reason
+            self._failure = reason
         self._drop_everything(GenerationFailed(reason))
 
     def _drop_everything(self, error: Exception) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.errors import (
@@ -32,7 +34,6 @@ from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.wrapped import Fitted, VersionDeltas, WrappedModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 STOP_SECONDS = 10.0
 

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.pytorch_utils import Conv1D
+
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
 from deltaserve.server.engine.routing import Rows
-from torch import Tensor, nn
-from torch.nn.functional import pad
-from transformers.pytorch_utils import Conv1D
 
 Prepared = Any
 """A delta as a layer keeps it: in the backend's layout for a matrix, float32 ``[n]`` for a bias or norm."""

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
 from deltaserve.delta_store.codec.specs import XorSpec
@@ -12,7 +14,6 @@ from deltaserve.delta_store.profile import Profile
 from deltaserve.kernels.parts import Delta
 from deltaserve.server.engine.requests import Version
 from deltaserve.server.engine.wrapped import VersionDeltas
-from torch import Tensor
 
 ProfilePath = Callable[[str], Path]
 """Where the activation profile with this digest is, if it is there."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from deltaserve.kernels.segments import BASE, Segments
 from torch import Tensor
+
+from deltaserve.kernels.segments import BASE, Segments
 
 
 class Rows:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
+from torch import Tensor
+
 from deltaserve.delta_store.errors import GenerationFailed, RequestRefused
 from deltaserve.server.engine.requests import Sampling, Token
-from torch import Tensor
 
 NUCLEUS_GUESS = 1024
 """Top-p sorts this many of the likeliest tokens first, and the whole vocabulary only where they do not hold enough."""

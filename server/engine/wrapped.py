@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from deltaserve.delta_store.errors import UnsupportedArtifact
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
 from deltaserve.server.engine.layers import DeltaLayer, Prepared, become, twin_of
 from deltaserve.server.engine.routing import Routing
-from torch import Tensor
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from engine_variants import version
+
 from deltaserve.delta_store.errors import ArtifactError, CorruptArtifact, RequestRefused
 from deltaserve.server.engine.bank import PATIENCE, Bank, Ticket
 from deltaserve.server.engine.requests import Version
 from deltaserve.server.engine.wrapped import Fitted
-from engine_variants import version
 
 WAIT = 5
 

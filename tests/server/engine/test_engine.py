@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from engine_variants import SMALL, alone, collect, greedy, random_prompts, random_variant, serving, version
+from tiny_models import save, tiny_llama
+from transformers import MistralConfig, MistralForCausalLM
+
 from deltaserve.delta_store.errors import (
     ContextTooLong,
     CorruptArtifact,
@@ -23,9 +27,6 @@ from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.requests import Sampling, Token, Version
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.wrapped import VersionDeltas
-from engine_variants import SMALL, alone, collect, greedy, random_prompts, random_variant, serving, version
-from tiny_models import save, tiny_llama
-from transformers import MistralConfig, MistralForCausalLM
 
 PROMPT = [5, 9, 33, 2]
 BASE = tiny_llama()
@@ -120,7 +121,7 @@ def test_a_base_that_cannot_be_served_right_is_refused_by_name(tmp_path: Path) -
         num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
     save(MistralForCausalLM(config), tmp_path, vocab=64)
-    with pytest.raises(UnsupportedCheckpoint, match="MistralForCausalLM.*sliding_window = 8"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"MistralForCausalLM.*sliding_window = 8"):
         Engine(tmp_path, limits=SMALL)
 
 

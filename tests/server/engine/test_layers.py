@@ -4,6 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from engine_variants import random_variant
+from tiny_models import tiny_gpt2, tiny_llama
+from torch import Tensor, nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
 from deltaserve.delta_store.errors import UnsupportedArtifact
 from deltaserve.kernels import reference
 from deltaserve.kernels.codes import float_codes
@@ -12,12 +19,6 @@ from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine.layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaNorm, become, twin_of
 from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.wrapped import VersionDeltas, WrappedModel
-from engine_variants import random_variant
-from tiny_models import tiny_gpt2, tiny_llama
-from torch import Tensor, nn
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.pytorch_utils import Conv1D
 
 ROWS = 7
 LENGTHS, SLOTS = (2, 1, 3, 1), (0, BASE, 1, 0)

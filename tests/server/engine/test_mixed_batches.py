@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_variants import SMALL, Variant, alone, collect, greedy, random_prompts, random_variant, serving, version
+from tiny_models import tiny_gpt2, tiny_llama
+from transformers import PreTrainedModel
+
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.reference import unpack
 from deltaserve.server.engine import continuous_batching
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.requests import Version
-from engine_variants import SMALL, Variant, alone, collect, greedy, random_prompts, random_variant, serving, version
-from tiny_models import tiny_gpt2, tiny_llama
-from transformers import PreTrainedModel
 
 KINDS = ("sparse1", "sparse16", "sparse64", "low_rank", "dense", "rows")
 NEW_TOKENS = 12

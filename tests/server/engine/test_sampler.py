@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.server.engine.requests import Sampling, Token
 from deltaserve.server.engine.sampler import NUCLEUS_GUESS, Chooser, check, check_ids, choose
