@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from deltaserve.server.bench.client import Asking
 from deltaserve.server.bench.load import open_client, served_models
 from deltaserve.server.bench.prompts import random_prompts

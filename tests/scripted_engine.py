@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiny_models import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
 from deltaserve.delta_store.errors import ContextTooLong, GenerationFailed, QueueFull
 from deltaserve.server.engine.requests import Finished, FinishReason, Sampling, Token, Version
 from deltaserve.server.engine.stream import Event, Stream, post
-from tiny_models import tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
 
 WORDS = ("MN", "OPQ", "RS", "T", "U V", "WX")
 VOCABULARY = 300
@@ -17,13 +18,17 @@ VOCABULARY = 300
 
 @dataclass(frozen=True)
 class Script:
-    """What one request is answered with. ``fail_after`` so many tokens it fails; ``endless`` repeats the tokens."""
+    """What one request is answered with. ``fail_after`` so many tokens it fails; ``endless`` repeats the tokens.
+
+    The first token comes when ``begins`` is true.
+    """
 
     tokens: Sequence[int | Token] = ()
     every_s: float = 0.0
     fail_after: int | None = None
     failure: Exception = field(default_factory=lambda: GenerationFailed("The model step failed: out of memory"))
     endless: bool = False
+    begins: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -102,6 +107,8 @@ class ScriptedEngine:
 
     async def _say(self, script: Script, record: Submitted, stream: Stream, cancelled: asyncio.Event) -> Event:
         tokens = list(script.tokens)
+        while not script.begins() and not cancelled.is_set():
+            await asyncio.sleep(0.05)
         while True:
             for token in tokens:
                 if cancelled.is_set():

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
+from openai import OpenAI
+from scripted_engine import Script, ScriptedEngine, ids
+
 from deltaserve.delta_store.codec.artifact import write_artifact
 from deltaserve.delta_store.registry import Receipt
 from deltaserve.server.app import create_app
 from deltaserve.server.settings import Settings
-from fastapi import FastAPI
-from openai import OpenAI
-from scripted_engine import Script, ScriptedEngine, ids
 
 
 @dataclass(frozen=True)

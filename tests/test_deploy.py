@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+
 from deltaserve.server.cli import app
 from deltaserve.server.settings import PREFIX, Settings
 

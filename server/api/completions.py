@@ -3,6 +3,11 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
+
 from deltaserve.server.api.admission import Answer, admit
 from deltaserve.server.api.choice import Piece
 from deltaserve.server.api.logprobs import completion_logprobs
@@ -18,10 +23,6 @@ from deltaserve.server.api.schemas import CompletionRequest
 from deltaserve.server.api.served import resolve
 from deltaserve.server.api.streaming import EventStream, answered
 from deltaserve.server.api.tokenisers import Tokeniser
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import State
 
 router = APIRouter(tags=["OpenAI"])
 

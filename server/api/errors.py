@@ -3,11 +3,12 @@
 import logging
 from typing import Any
 
-from deltaserve.delta_store import errors
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+
+from deltaserve.delta_store import errors
 
 RETRY_AFTER_SECONDS = 1
 INVALID = "invalid_request_error"

@@ -2,13 +2,14 @@
 
 import time
 
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
+
 from deltaserve.delta_store.errors import InvalidName, VariantNotFound
 from deltaserve.delta_store.registry import Registered
 from deltaserve.server.api.responses import ERRORS, Model, ModelList
 from deltaserve.server.api.served import usable
-from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import State
 
 router = APIRouter(tags=["OpenAI"])
 STARTED = int(time.time())

@@ -1,8 +1,9 @@
 """Is the server alive, and would a request be answered."""
 
+from fastapi import APIRouter, Request
+
 from deltaserve.delta_store.errors import EngineDown
 from deltaserve.server.api.responses import ErrorAnswer
-from fastapi import APIRouter, Request
 
 router = APIRouter(tags=["operations"])
 

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
+from pydantic import BeforeValidator, Field, model_validator
+
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.server.api.fields import MAX_CHOICES, Between, Biases, Body, Prompts, Stops, only
-from pydantic import BeforeValidator, Field, model_validator
 
 INT64 = 2**63
 ANY_COUNT = 2**53

@@ -4,6 +4,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
+
 from deltaserve.delta_store.errors import (
     ArtifactError,
     CorruptArtifact,
@@ -14,8 +17,6 @@ from deltaserve.delta_store.errors import (
 from deltaserve.delta_store.registry import Registered
 from deltaserve.server.api.tokenisers import Tokeniser, Tokenisers
 from deltaserve.server.engine.requests import Version
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, Self, TypeVar
 
-from deltaserve.server.api.errors import described
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
+
+from deltaserve.server.api.errors import described
 
 SLOW_READER_SECONDS = 30.0
 CLIENT_LEFT = 499

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.errors import RequestRefused, UnsupportedArtifact
 from deltaserve.delta_store.variant_files import VARIANT_FILES
 from deltaserve.server.api.detokenise import TokenBytes
-from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 KEPT = 64
 TEMPLATE_FILE = "chat_template.jinja"

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import httpx
+
 from deltaserve.server.bench.events import DONE, StreamError, Usage, error_message, parse, payloads
 
 Endpoint = Literal["chat", "completions"]

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import httpx
+
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.bench.client import Ask, Asking, Record, send
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deltaserve.server.bench.client import Asking, Outcome
-from deltaserve.server.bench.statistics import PERCENTILE_METHOD, Distribution, Figures
 from rich.console import Console
 from rich.table import Column, Table
+
+from deltaserve.server.bench.client import Asking, Outcome
+from deltaserve.server.bench.statistics import PERCENTILE_METHOD, Distribution, Figures
 
 ROWS = {
     "ttft": "Time to first token (TTFT)",

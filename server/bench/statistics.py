@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from deltaserve.server.bench.client import Outcome, Record
 
 PERCENTILE_METHOD = "linear interpolation between the closest ranks (Hyndman and Fan's type 7, numpy's default)"

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
+
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.bench.mix import MIXES
-from rich.console import Console
 
 if TYPE_CHECKING:
     from deltaserve.server.bench.report import Report, Setup
@@ -79,8 +80,9 @@ async def _served(url: str, api_key: str | None) -> tuple[str, ...]:
 def _measure(setup: "Setup", prompts: list[str], api_key: str | None) -> "Report":
     import asyncio
 
-    from deltaserve.server.bench.run import run
     from rich.progress import Progress
+
+    from deltaserve.server.bench.run import run
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("Requests", total=len(prompts))

@@ -6,8 +6,9 @@ from typing import Any
 
 import openai
 import pytest
-from deltaserve.delta_store.errors import CorruptArtifact, EngineDown, GenerationFailed, QueueFull
 from scripted_engine import Script, ids
+
+from deltaserve.delta_store.errors import CorruptArtifact, EngineDown, GenerationFailed, QueueFull
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from deltaserve.server.api import streaming
 from scripted_engine import Script, ScriptedEngine
 from scripted_service import serving
+
+from deltaserve.server.api import streaming
 
 CHAT = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100_000}
@@ -107,7 +108,8 @@ def test_f_client_gone_a_hundred_times(service: Any, caplog: Any) -> None:
 def test_f_client_gone_lets_go_of_the_variant(service: Any) -> None:
     digest = service.register("pirate")
     with service.http() as http, http.stream("POST", CHAT, json=ASK | {"model": "pirate", "stream": True}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # dropping the iterator would close the stream
+        next(lines)
         with service.http() as other:
             other.delete("/v1/variants/pirate")
         assert service.app.state.blobs.path(digest).exists()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from deltaserve.delta_store import errors
 from deltaserve.server.api.errors import TABLE, described
 

@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
-from deltaserve.server.api.detokenise import Detokeniser, TokenBytes
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import Script, ids, scripted_tokenizer
 from tokenizers import Tokenizer, decoders, models
+
+from deltaserve.server.api.detokenise import Detokeniser, TokenBytes
 
 ASK: dict[str, Any] = {"model": "base", "prompt": "hi", "max_tokens": 60}
 TEXTS = {

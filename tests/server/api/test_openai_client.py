@@ -70,7 +70,7 @@ def test_many_streams_at_once_with_the_async_client(service: Any) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_n_choices_have_seeds_of_their_own_that_repeat(service: Any, stream: bool) -> None:
     tokens = ids(service.engine.tokenizer, "abcdefghijklmnopqrstuvwxyz")
-    service.engine.script = lambda _, __, sampling: Script([tokens[sampling.seed % 26]])
+    service.engine.script = lambda _, __, sampling: Script([tokens[(sampling.seed or 0) % 26]])
 
     def ask(seed: int, n: int) -> list[str]:
         answer = service.openai().chat.completions.create(
@@ -87,7 +87,8 @@ def test_n_choices_have_seeds_of_their_own_that_repeat(service: Any, stream: boo
     assert ask(5, 4)[0] == ask(5, 1)[0] == "f"
     seeds = [submitted.sampling.seed for submitted in service.engine.submitted[:4]]
     assert len(set(seeds)) == 4
-    service.openai().chat.completions.create(model="base", messages=MESSAGES, n=2, seed=None, max_tokens=0 or 1)
+    service.openai().chat.completions.create(model="base", messages=MESSAGES, n=2)
+    assert [submitted.sampling.seed for submitted in service.engine.submitted[-2:]] == [None, None]
 
 
 def test_several_prompts_of_either_kind(service: Any) -> None:

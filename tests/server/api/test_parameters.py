@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from deltaserve.server.api.schemas import ChatRequest, CompletionRequest
 from scripted_engine import Script, ids
+
+from deltaserve.server.api.schemas import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

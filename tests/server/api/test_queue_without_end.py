@@ -27,6 +27,11 @@ def test_f_queue_without_end(service: Any) -> None:
         with service.http() as http:
             return http.post("/v1/chat/completions", json=ASK | {"stream": number % 2 == 0})
 
+    def everyone_came() -> bool:
+        return bool(service.engine.rejected == 44)
+
+    tokens = ids(service.engine.tokenizer, "abcd")
+    service.engine.script = lambda *_: Script(tokens, begins=everyone_came)
     for _ in range(2):
         service.engine.rejected = 0
         with ThreadPoolExecutor(50) as pool:

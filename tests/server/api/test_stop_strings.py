@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from deltaserve.server.api.stop_strings import StopStrings
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import Script, words
+
+from deltaserve.server.api.stop_strings import StopStrings
 
 LISTS: list[tuple[Any, str, str]] = [
     (["PQRSTU"], "MNO", "stop"),

@@ -2,10 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-from deltaserve.delta_store.errors import OptionError
-from deltaserve.server.cli import app
 from fake_server import Script, fake_server
 from typer.testing import CliRunner
+
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.server.cli import app
 
 QUICK = Script(first_s=0.01, every_s=0.001)
 

@@ -9,14 +9,15 @@ from itertools import pairwise
 from statistics import median
 
 import pytest
+from fake_server import FakeServer, Script, Sent, fake_server
+from typer.testing import CliRunner
+
 from deltaserve.server.bench.client import Asking, Outcome
 from deltaserve.server.bench.prompts import random_prompts
 from deltaserve.server.bench.report import Report, Setup
 from deltaserve.server.bench.run import run
 from deltaserve.server.bench.statistics import Distribution
 from deltaserve.server.cli import app
-from fake_server import FakeServer, Script, Sent, fake_server
-from typer.testing import CliRunner
 
 TOLERANCE_MS = 10.0
 WARMUP = 5

@@ -2,6 +2,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+
 from deltaserve.server.bench.events import StreamError, error_message, parse, payloads
 
 STREAM = 'event: message\r\ndata: {"a": "zwei\u2028Zeilen"}\r\n\r\n: ping\n\ndata:[1]\n\ndata: [DONE]\n\n'.encode()

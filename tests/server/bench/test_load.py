@@ -1,10 +1,11 @@
 import asyncio
 
 import pytest
+from fake_server import FakeServer, Script, fake_server
+
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.bench.client import Ask, Asking, Outcome, Record
 from deltaserve.server.bench.load import closed_loop, endpoint_root, open_client, served_models
-from fake_server import FakeServer, Script, fake_server
 
 QUICK = Script(first_s=0.05, every_s=0.001)
 

@@ -1,6 +1,7 @@
 from collections import Counter
 
 import pytest
+
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.bench.mix import MIXES, assign
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.bench.prompts import prompts_from_file, random_prompts
 

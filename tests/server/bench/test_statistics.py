@@ -1,4 +1,5 @@
 import pytest
+
 from deltaserve.server.bench.client import Outcome, Record
 from deltaserve.server.bench.statistics import by_model, distribution, figures
 
