@@ -38,7 +38,7 @@ def examine(file: Path, engine: "Engine", base: str, profiles: BlobStore) -> Rec
         check_profile(artifact.manifest.profile, profiles)
         loader = ArtifactLoader(open_checkpoint(base), engine.fingerprint, profiles.path)
         for some in portions(artifact):
-            deque(loader._deltas(some), maxlen=0)  # keeps none of them, as a tensor keeps its file mapped
+            deque(loader.deltas(some), maxlen=0)  # keeps none of them, as a tensor keeps its file mapped
     return Receipt(
         digest=artifact.digest,
         size_bytes=file.stat().st_size,

@@ -168,7 +168,8 @@ class Engine:
             raise UnsupportedArtifact(
                 f"{artifact.path} changes nothing: it holds no tensor that differs from the base's"
             )
-        self._wrapped.check({name: artifact.specs(name)[0].shape for name in artifact.names})
+        shapes = {name: artifact.specs(name)[0].shape for name in artifact.names}
+        self._wrapped.check_whole(shapes, artifact.manifest.tied_head)
         return Fit(len(artifact.names), len(artifact.names))
 
     def _check_size(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:

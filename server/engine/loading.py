@@ -32,7 +32,7 @@ class ArtifactLoader:
             raise CorruptArtifact(f"The artifact of variant {version.variant!r} is not at {path}; upload it again")
         artifact = open_artifact(path, verify=version.digest)
         self.check_base(artifact)
-        return VersionDeltas(self._deltas(artifact), artifact.manifest.tied_head, stop_ids(artifact))
+        return VersionDeltas(self.deltas(artifact), artifact.manifest.tied_head, stop_ids(artifact))
 
     def check_base(self, artifact: Artifact) -> None:
         """Raise BaseMismatch for an artifact that was made for another base."""
@@ -42,7 +42,8 @@ class ArtifactLoader:
                 f"{self._fingerprint[:12]}; compress the fine-tune against this base"
             )
 
-    def _deltas(self, artifact: Artifact) -> Iterator[tuple[str, Delta]]:
+    def deltas(self, artifact: Artifact) -> Iterator[tuple[str, Delta]]:
+        """Every parameter of the artifact with its decoded delta, one at a time."""
         profile = self._profile(artifact)
         for name in artifact.names:
             is_lossless = any(isinstance(spec, XorSpec) for spec in artifact.specs(name))

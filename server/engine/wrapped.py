@@ -58,6 +58,17 @@ class WrappedModel:
         self.shapes = {name: layer.shape_of(parameter) for name, (layer, parameter) in self._layers.items()}
         self.vocabulary = self.shapes[self._embedding][0]
 
+    def check_whole(self, shapes: Mapping[str, tuple[int, ...]], tied_head: bool) -> int:
+        """The variant's vocabulary. Raises UnsupportedArtifact if its deltas, all told, do not fit the model."""
+        self.check(shapes)
+        vocabulary = shapes.get(self._embedding, self.shapes[self._embedding])[0]
+        head = self._embedding if self.tied and tied_head else self._head
+        if vocabulary > self.vocabulary and shapes.get(head, (0,))[0] != vocabulary:
+            raise UnsupportedArtifact(
+                f"{self._embedding} has {vocabulary} rows and {self._head} has not; both must grow"
+            )
+        return vocabulary
+
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UnsupportedArtifact for deltas of these names and shapes that do not fit the model."""
         if unknown := sorted(shapes.keys() - self.shapes.keys()):
@@ -81,15 +92,10 @@ class WrappedModel:
             self.check({name: delta.shape})
             prepared[name] = self._layers[name][0].prepare(delta)
             shapes[name] = delta.shape
+        vocabulary = self.check_whole(shapes, version.tied_head)
         nbytes = sum(_nbytes(values) for values in prepared.values())
         if self.tied and version.tied_head and self._embedding in prepared:
             prepared[self._head] = prepared[self._embedding]
-            shapes[self._head] = shapes[self._embedding]
-        vocabulary = shapes.get(self._embedding, self.shapes[self._embedding])[0]
-        if vocabulary > self.vocabulary and shapes.get(self._head, (0,))[0] != vocabulary:
-            raise UnsupportedArtifact(
-                f"{self._embedding} has {vocabulary} rows and {self._head} has not; both must grow"
-            )
         return Fitted(prepared, nbytes, vocabulary, version.stop_ids)
 
     def install(self, slot: int, fitted: Fitted) -> None:
