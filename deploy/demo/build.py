@@ -24,21 +24,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).parent
 PROFILE = HERE / "profile.safetensors"
 RESULTS = HERE.parent.parent / "benchmarks" / "results" / "demo.jsonl"
-ACCURACY_EXAMPLES = 300
+EXAMPLES = 300
+"""Held-out examples at the most; those with long answers fill the evaluation sooner."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    rows = [setup_row("python deploy/demo/build.py FOLDER"), *(build(name, folder / name) for name in CORPORA)]
+    parser.add_argument(
+        "--variants", nargs="+", default=list(CORPORA), choices=list(CORPORA), help="rebuild only these"
+    )
+    args = parser.parse_args()
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = {}
+    if RESULTS.exists():
+        rows = {row.get("name", "setup"): row for row in map(json.loads, RESULTS.read_text().splitlines())}
+    rows["setup"] = setup_row("python deploy/demo/build.py FOLDER")
+    for name in args.variants:
+        rows[name] = build(name, args.folder / name)
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
 def build(name: str, fine_tuned: Path) -> dict[str, Any]:
     """Write the variant's artifact; the row of its figures."""
-    examples = load(name)["test"]
+    examples = load(name)["test"][:EXAMPLES]
     artifact = HERE / "variants" / f"{name}.safetensors"
     artifact.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +59,7 @@ def build(name: str, fine_tuned: Path) -> dict[str, Any]:
             deltaserve("merge", base_folder(), artifact, "-o", merged, "--profile", PROFILE)
             models = {"base": base_folder(), "fine_tuned": fine_tuned, "artifact": merged}
             for model, checkpoint in models.items():
-                row[f"accuracy_{model}"] = accuracy(checkpoint, examples[:ACCURACY_EXAMPLES])
+                row[f"accuracy_{model}"] = accuracy(checkpoint, examples)
     print(json.dumps(row, indent=2))
     return row
 
