@@ -24,8 +24,9 @@ def random_codes(rng: torch.Generator, codec: str, shape: tuple[int, ...], group
     if codec in FLOAT_CODECS:
         values = torch.randn(count, generator=rng).to(FLOAT_CODECS[codec])
         return float_codes(values, codec, shape), values.double().reshape(shape)
-    scales = (torch.rand(-(-count // group), generator=rng) + 0.5).bfloat16()
     low, high = {"int8": (-127, 127), "int4": (1, 15), "int2": (0, 3), "sign": (0, 1)}[codec]
+    # values near 1 for every codec: a product of two int8 factors would overflow float16
+    scales = ((torch.rand(-(-count // group), generator=rng) + 0.5) / max(1, high // 2)).bfloat16()
     levels = torch.randint(low, high + 1, (count,), generator=rng)
     meaning = {
         "int8": lambda c: c,
