@@ -50,11 +50,10 @@ int64_t scratch_floats(const Delta& delta) {
     int64_t most = 0;
     for (int64_t p = 0; p < delta.count; ++p) {
         const Part& part = delta.parts[p];
-        int64_t floats = std::max(part.a.length, part.b.length) + CHUNK;
-        if (part.kind == Kind::low_rank) floats += part.b.length + CHUNK;
-        most = std::max(most, floats);
+        const int64_t lines = part.kind == Kind::sparse ? PANEL / part.block : 1;
+        most = std::max(most, lines * (part.a.length + CHUNK) + part.b.length + CHUNK);
     }
-    return delta.width + CHUNK + most; // the first term is embed's sum
+    return std::max<int64_t>(delta.width + CHUNK, MAX_GROUP * PANEL * MAX_LANES) + most; // sums of embed or of panels
 }
 
 } // namespace deltaserve

@@ -57,16 +57,17 @@ class Scales {
     float value = 1;
 };
 
-template <Codec C> void decode_line(const Codes& codes, int64_t line, float* out) {
-    const uint8_t* p = codes.data + line * codes.line_bytes;
-    Scales scales(codes, line);
-    for (int64_t i = 0; i < codes.length; i += CHUNK, p += chunk_bytes<C>) {
-        F16 values = decode<C>(p);
-        if constexpr (has_scales<C>) {
-            int64_t rest = codes.length - i;
-            values = multiply(values, scales.next(rest < CHUNK ? int(rest) : CHUNK));
+inline int64_t padded(int64_t values) { return (values + CHUNK - 1) / CHUNK * CHUNK; }
+
+template <Codec C> void decode_lines(const Codes& codes, int64_t first, int64_t count, float* out) {
+    Scales scales(codes, first);
+    for (int64_t line = first; line < first + count; ++line) {
+        const uint8_t* p = codes.data + line * codes.line_bytes;
+        for (int64_t left = codes.length; left > 0; left -= CHUNK, p += chunk_bytes<C>, out += CHUNK) {
+            F16 values = decode<C>(p);
+            if constexpr (has_scales<C>) values = multiply(values, scales.next(left < CHUNK ? int(left) : CHUNK));
+            store(out, values);
         }
-        store(out + i, values);
     }
 }
 
@@ -82,10 +83,11 @@ template <class Run> inline void with_codec(Codec codec, Run run) {
     }
 }
 
-// float32 of one line; `out` has room for whole chunks, and what follows the line's values there means nothing.
-inline void decode_line(const Codes& codes, int64_t line, float* out) {
-    with_codec(codes.codec, [&](auto codec) { decode_line<decltype(codec)::value>(codes, line, out); });
+// float32 [count, padded(length)] of some lines; what follows a line's values there means nothing.
+inline void decode_lines(const Codes& codes, int64_t first, int64_t count, float* out) {
+    with_codec(codes.codec, [&](auto codec) { decode_lines<decltype(codec)::value>(codes, first, count, out); });
 }
+inline void decode_line(const Codes& codes, int64_t line, float* out) { decode_lines(codes, line, 1, out); }
 
 } // namespace
 } // namespace deltaserve

@@ -9,6 +9,7 @@ namespace deltaserve {
 constexpr int PANEL = 64;     // output rows that one thread computes at a time; every block size divides it
 constexpr int CHUNK = 16;     // values decoded at a time; every line of codes is padded to a multiple of it
 constexpr int MAX_LANES = 16; // rows of the batch that share one pass over a delta
+constexpr int MAX_GROUP = 4;  // tiles of one variant that share what is decoded
 constexpr int MAX_PARTS = 8;
 
 enum class Codec : int32_t { float32, bf16, int8, int4, int2, sign };
@@ -33,7 +34,7 @@ struct Part {
     Kind kind;
     int32_t block;         // sparse: V
     int32_t wide_columns;  // sparse: columns are 32 bits wide, not 16
-    float gain;            // sparse: the factor of every column where `factors` is nullptr
+    float gain;            // sparse: the factor of every column where `factors` is nullptr, else 1
     int64_t kept;          // sparse: K; low-rank: r; rows: how many are stored
     const void* columns;   // sparse: [blocks, K], and CHUNK more entries that may be read but count for nothing
     const float* factors;  // sparse: [in]
@@ -81,8 +82,8 @@ struct Operations {
     void (*pack)(const Tile&, const Matrix& x, int64_t from, int64_t to);
     // line i of `tile.inputs[part]`
     void (*project)(const Tile&, int64_t part, int64_t line, float* scratch);
-    // y[tile's rows, PANEL * panel ...] += delta
-    void (*panel)(const Tile&, int64_t panel, const Matrix& y, float* scratch);
+    // y[the tiles' rows, PANEL * panel ...] += delta, for up to MAX_GROUP tiles of one variant
+    void (*panel)(const Tile* tiles, int64_t count, int64_t panel, const Matrix& y, float* scratch);
     // y[row] += delta[id]
     void (*embed)(const Delta&, int64_t id, const Matrix& y, int64_t row, float* scratch);
     // weight[rows of block] += sparse; what stood there goes to saved [rows, K]

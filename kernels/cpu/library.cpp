@@ -49,9 +49,16 @@ class Floats {
     int64_t size = 0;
 };
 
+// Consecutive tiles of one variant.
+struct Group {
+    const Tile* tiles;
+    int64_t count;
+};
+
 struct Workspace {
     Batch batch;
     std::vector<Tile> tiles;
+    std::vector<Group> groups;
     Floats inputs, scratch;
 };
 thread_local Workspace workspace;
@@ -74,7 +81,11 @@ class Wave {
         int64_t floats = 0;
         for (int64_t i = 0; i < count; ++i) floats += lay_out(tiles[i], nullptr);
         float* memory = workspace.inputs.reserve(floats);
-        for (int64_t i = 0; i < count; ++i) memory += lay_out(tiles[i], memory);
+        workspace.groups.clear();
+        for (int64_t i = 0; i < count; ++i) {
+            memory += lay_out(tiles[i], memory);
+            add_to_group(tiles + i);
+        }
         threads = threads_for(cycles);
         scratch = workspace.scratch.reserve(scratch_size * threads);
     }
@@ -92,9 +103,12 @@ class Wave {
             share(threads, count * most_projections, [&](int64_t i, int64_t end, int thread) {
                 for (; i < end; ++i) project(tiles[i / most_projections], i % most_projections, thread);
             });
-        share(threads, count * panels, [&](int64_t i, int64_t end, int thread) {
-            for (; i < end; ++i)
-                operations.panel(tiles[i / panels], i % panels, y, scratch + thread * scratch_size);
+        const std::vector<Group>& groups = workspace.groups;
+        share(threads, int64_t(groups.size()) * panels, [&](int64_t i, int64_t end, int thread) {
+            for (; i < end; ++i) {
+                const Group& group = groups[i / panels];
+                operations.panel(group.tiles, group.count, i % panels, y, scratch + thread * scratch_size);
+            }
         });
     }
 
@@ -128,6 +142,13 @@ class Wave {
         scratch_size = std::max(scratch_size, aligned(scratch_floats(*tile.delta)));
         if (memory) cycles += tile.delta->cycles * (tile.lanes == 1 ? 1 : tile.lanes * 0.5);
         return taken;
+    }
+
+    static void add_to_group(const Tile* tile) {
+        std::vector<Group>& groups = workspace.groups;
+        if (!groups.empty() && groups.back().tiles->delta == tile->delta && groups.back().count < MAX_GROUP)
+            ++groups.back().count;
+        else groups.push_back({tile, 1});
     }
 
     void project(const Tile& tile, int64_t line, int thread) const {

@@ -48,35 +48,5 @@ inline int64_t first_at_or_after(const int64_t* ids, int64_t count, int64_t row)
     return low;
 }
 
-// The three kinds below: sums [PANEL, lanes] += rows from .. to of the part; `input` is the tile's for this part.
-
-inline void low_rank_panel(const Part& part, const Tile& tile, const float* input, int64_t from, int64_t to, float* sums,
-                           float* scratch) {
-    for (int64_t row = from; row < to; ++row, sums += tile.lanes) {
-        decode_line(part.b, row, scratch);
-        dot(scratch, part.kept, input, tile.lanes, sums);
-    }
-}
-
-inline void dense_panel(const Part& part, const Tile& tile, int64_t from, int64_t to, float* sums, float* scratch) {
-    for (int64_t row = from; row < to; ++row, sums += tile.lanes) {
-        decode_line(part.a, row, scratch);
-        dot(scratch, part.a.length, tile.x, tile.lanes, sums);
-    }
-}
-
-inline void rows_panel(const Part& part, const Tile& tile, const float* input, int64_t from, int64_t to, float* sums,
-                       float* scratch) {
-    int64_t i = first_at_or_after(part.ids, part.kept, from);
-    for (int64_t row = from; row < to; ++row, sums += tile.lanes) {
-        if (i < part.kept && part.ids[i] == row) {
-            decode_line(part.a, i++, scratch);
-            dot(scratch, part.a.length, tile.x, tile.lanes, sums);
-        } else if (part.mean && row < part.mean_rows) {
-            for (int t = 0; t < tile.lanes; ++t) sums[t] += input[t];
-        }
-    }
-}
-
 } // namespace
 } // namespace deltaserve

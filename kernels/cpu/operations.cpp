@@ -80,21 +80,73 @@ void project(const Tile& tile, int64_t p, int64_t line, float* scratch) {
     dot(values, tile.delta->width, tile.x, tile.lanes, sums);
 }
 
-void sparse_panel(const Part& part, const Tile& tile, const float* input, int64_t from, int64_t to, float* sums,
-                  float* scratch) {
-    const int64_t first = from / part.block, blocks = (to - 1) / part.block + 1 - first;
-    if (tile.lanes == 1) return sparse_single(part, first, blocks, input, sums);
-    if (part.wide_columns) {
-        if (tile.lanes == 8) sparse_tile<F8, int32_t>(part, first, blocks, tile.x, sums, scratch);
-        else sparse_tile<F16, int32_t>(part, first, blocks, tile.x, sums, scratch);
-    } else {
-        if (tile.lanes == 8) sparse_tile<F8, uint16_t>(part, first, blocks, tile.x, sums, scratch);
-        else sparse_tile<F16, uint16_t>(part, first, blocks, tile.x, sums, scratch);
+// Rows from .. to of one delta for several tiles of it: what is decoded once serves them all.
+struct Panel {
+    const Tile* tiles;
+    int64_t count;
+    int64_t from, to;
+    float* sums;    // [count][PANEL * MAX_LANES], a tile's as [to - from, lanes]
+    float* scratch; // for decoded values
+
+    float* sums_of(int64_t tile, int64_t row) const {
+        return sums + tile * PANEL * MAX_LANES + (row - from) * tiles[tile].lanes;
+    }
+    void add_product(int64_t row, const float* line, int64_t n, int64_t tile, const float* x) const {
+        dot(line, n, x, tiles[tile].lanes, sums_of(tile, row));
+    }
+};
+
+template <class Column>
+void sparse_tiles(const Panel& panel, const Part& part, int64_t p, int64_t first, int64_t blocks) {
+    bool decoded = false;
+    for (int64_t i = 0; i < panel.count; ++i) {
+        const Tile& tile = panel.tiles[i];
+        float* sums = panel.sums_of(i, panel.from);
+        if (tile.lanes == 1) {
+            sparse_single(part, first, blocks, tile.inputs[p], sums);
+            continue;
+        }
+        if (!decoded) decode_blocks(part, first, blocks, panel.scratch);
+        decoded = true;
+        if (tile.lanes == 8) sparse_tile<F8, Column>(part, first, blocks, panel.scratch, tile.x, sums);
+        else sparse_tile<F16, Column>(part, first, blocks, panel.scratch, tile.x, sums);
+    }
+}
+
+void add_sparse(const Panel& panel, const Part& part, int64_t p) {
+    const int64_t first = panel.from / part.block, blocks = (panel.to - 1) / part.block + 1 - first;
+    if (part.wide_columns) sparse_tiles<int32_t>(panel, part, p, first, blocks);
+    else sparse_tiles<uint16_t>(panel, part, p, first, blocks);
+}
+
+void add_low_rank(const Panel& panel, const Part& part, int64_t p) {
+    for (int64_t row = panel.from; row < panel.to; ++row) {
+        decode_line(part.b, row, panel.scratch);
+        for (int64_t i = 0; i < panel.count; ++i)
+            panel.add_product(row, panel.scratch, part.kept, i, panel.tiles[i].inputs[p]);
+    }
+}
+
+void add_line(const Panel& panel, const Part& part, int64_t line, int64_t row) {
+    decode_line(part.a, line, panel.scratch);
+    for (int64_t i = 0; i < panel.count; ++i)
+        panel.add_product(row, panel.scratch, part.a.length, i, panel.tiles[i].x);
+}
+
+void add_rows(const Panel& panel, const Part& part, int64_t p) {
+    int64_t next = first_at_or_after(part.ids, part.kept, panel.from);
+    for (int64_t row = panel.from; row < panel.to; ++row) {
+        if (next < part.kept && part.ids[next] == row) {
+            add_line(panel, part, next++, row);
+        } else if (part.mean && row < part.mean_rows) {
+            for (int64_t i = 0; i < panel.count; ++i)
+                for (int t = 0; t < panel.tiles[i].lanes; ++t) panel.sums_of(i, row)[t] += panel.tiles[i].inputs[p][t];
+        }
     }
 }
 
 // y[tile's rows, from .. to] += sums [to - from, lanes], rounded once
-void add_sums_to_rows(const Tile& tile, const Matrix& y, int64_t from, int64_t to, float* sums) {
+void add_sums_to_rows(const Tile& tile, const Matrix& y, int64_t from, int64_t to, const float* sums) {
     float turned[MAX_LANES][PANEL];
     if (tile.lanes > 1)
         for (int t = 0; t < tile.lanes; t += 4)
@@ -111,22 +163,24 @@ void add_sums_to_rows(const Tile& tile, const Matrix& y, int64_t from, int64_t t
     });
 }
 
-void panel(const Tile& tile, int64_t index, const Matrix& y, float* scratch) {
-    const Delta& delta = *tile.delta;
+void add_panel(const Tile* tiles, int64_t count, int64_t index, const Matrix& y, float* scratch) {
+    const Delta& delta = *tiles->delta;
     const int64_t from = index * PANEL, to = from + PANEL < delta.rows ? from + PANEL : delta.rows;
     if (from >= to) return; // another variant of this batch has more rows
-    alignas(64) float sums[PANEL * MAX_LANES] = {};
+    const Panel panel{tiles, count, from, to, scratch, scratch + count * PANEL * MAX_LANES};
+    for (int64_t i = 0; i < count; ++i) memset(panel.sums_of(i, from), 0, PANEL * tiles[i].lanes * sizeof(float));
     for (int64_t p = 0; p < delta.count; ++p) {
         const Part& part = delta.parts[p];
-        const float* input = tile.inputs[p];
         switch (part.kind) {
-            case Kind::sparse: sparse_panel(part, tile, input, from, to, sums, scratch); break;
-            case Kind::low_rank: low_rank_panel(part, tile, input, from, to, sums, scratch); break;
-            case Kind::dense: dense_panel(part, tile, from, to, sums, scratch); break;
-            case Kind::rows: rows_panel(part, tile, input, from, to, sums, scratch); break;
+            case Kind::sparse: add_sparse(panel, part, p); break;
+            case Kind::low_rank: add_low_rank(panel, part, p); break;
+            case Kind::dense:
+                for (int64_t row = from; row < to; ++row) add_line(panel, part, row, row);
+                break;
+            case Kind::rows: add_rows(panel, part, p); break;
         }
     }
-    add_sums_to_rows(tile, y, from, to, sums);
+    for (int64_t i = 0; i < count; ++i) add_sums_to_rows(tiles[i], y, from, to, panel.sums_of(i, from));
 }
 
 int64_t column_of(const Part& part, int64_t at) {
@@ -142,13 +196,13 @@ void add_embedding(const Part& part, int64_t width, int64_t id, float* sum, floa
     switch (part.kind) {
         case Kind::sparse: {
             const int64_t block = id / part.block, within = id % part.block;
-            decode_block(part, block, scratch);
+            decode_blocks(part, block, 1, scratch);
             for (int64_t k = 0; k < part.kept; ++k)
-                sum[column_of(part, block * part.kept + k)] += scratch[k * part.block + within];
+                sum[column_of(part, block * part.kept + k)] += part.gain * scratch[k * part.block + within];
             break;
         }
         case Kind::low_rank: {
-            float* line = scratch + (part.kept + CHUNK - 1) / CHUNK * CHUNK;
+            float* line = scratch + padded(part.kept);
             decode_line(part.b, id, scratch);
             for (int64_t r = 0; r < part.kept; ++r) {
                 decode_line(part.a, r, line);
@@ -194,13 +248,13 @@ void swap_in_block(const Matrix& weight, const Part& part, int64_t block, T* sav
         T* kept = saved + (first + v) * part.kept;
         for (int64_t k = 0; k < part.kept; ++k) {
             kept[k] = row[columns[k]];
-            row[columns[k]] = rounded<T>(to_float(kept[k]) + values[k * part.block + v]);
+            row[columns[k]] = rounded<T>(to_float(kept[k]) + part.gain * values[k * part.block + v]);
         }
     }
 }
 
 void swap_in(const Matrix& weight, const Part& part, int64_t block, void* saved, float* scratch) {
-    decode_block(part, block, scratch);
+    decode_blocks(part, block, 1, scratch);
     with_dtype(weight.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         if (part.wide_columns) swap_in_block<T, int32_t>(weight, part, block, static_cast<T*>(saved), scratch);
@@ -237,7 +291,7 @@ constexpr int LANES = DELTASERVE_ROWS == 16 ? 16 : 8;
 #define DELTASERVE_NAME(isa) DELTASERVE_TEXT(isa)
 
 const Operations DELTASERVE_TABLE(DELTASERVE_ISA) = {
-    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, panel, embed, swap_in, swap_out,
+    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, add_panel, embed, swap_in, swap_out,
 };
 
 } // namespace deltaserve

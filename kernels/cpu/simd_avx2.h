@@ -58,8 +58,14 @@ template <Codec C> inline F16 decode(const uint8_t* p) {
 template <int V, class Column> inline F16 gather(const float* x, const Column* columns) {
     if constexpr (V == 8) {
         return pair(_mm256_broadcast_ss(x + columns[0]), _mm256_broadcast_ss(x + columns[1]));
+    } else if constexpr (V == 4) {
+        auto half = [x](const Column* c) { return _mm256_set_m128(_mm_broadcast_ss(x + c[1]), _mm_broadcast_ss(x + c[0])); };
+        return pair(half(columns), half(columns + 2));
     } else {
-        return gather_generic<V>(x, columns);
+        auto half = [x](const Column* c) {
+            return _mm256_setr_ps(x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]);
+        };
+        return pair(half(columns), half(columns + 8));
     }
 }
 

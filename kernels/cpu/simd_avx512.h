@@ -56,11 +56,11 @@ template <int V, class Column> inline F16 gather(const float* x, const Column* c
         const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         __m128 four = _mm_setr_ps(x[columns[0]], x[columns[1]], x[columns[2]], x[columns[3]]);
         return {_mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four))};
-    } else if constexpr (sizeof(Column) == 2) {
-        __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
-        return {_mm512_i32gather_ps(_mm512_cvtepu16_epi32(at), x, 4)};
-    } else {
-        return {_mm512_i32gather_ps(_mm512_loadu_si512(columns), x, 4)};
+    } else { // sixteen scalar loads: half as fast again as the gather instruction on Zen 4
+        auto half = [x](const Column* c) {
+            return _mm256_setr_ps(x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]);
+        };
+        return {_mm512_insertf32x8(_mm512_castps256_ps512(half(columns)), half(columns + 8), 1)};
     }
 }
 

@@ -48,20 +48,23 @@ template <int N> inline Floats<N> fused(Floats<N> a, Floats<N> b, Floats<N> c) {
 }
 // lanes below n from a, the others from b
 inline F16 blend(int n, F16 a, F16 b) {
-    float first[16], second[16];
-    store(first, a);
-    store(second, b);
-    memcpy(second, first, n * sizeof(float));
-    return load<F16>(second);
+    typedef int32_t Mask __attribute__((vector_size(sizeof(Native))));
+    Mask lane;
+    for (int i = 0; i < DELTASERVE_NATIVE; ++i) lane[i] = i;
+    for (int i = 0; i < F16::count; ++i, n -= DELTASERVE_NATIVE) a.v[i] = lane < n ? a.v[i] : b.v[i];
+    return a;
 }
 
 // y[v] += sum of the lanes i with i % V == v
 template <int V> inline void add_sums(F16 a, float* y) {
-    float lanes[16];
-    store(lanes, a);
-    for (int step = 8; step >= V; step /= 2)
-        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-    for (int v = 0; v < V; ++v) y[v] += lanes[v];
+    F8 eight;
+    for (int i = 0; i < F8::count; ++i) eight.v[i] = a.v[i] + a.v[i + F8::count];
+    if constexpr (V == 8) return store(y, add(load<F8>(y), eight));
+    float four[8];
+    store(four, eight);
+    for (int i = 0; i < 4; ++i) four[i] += four[i + 4];
+    if constexpr (V == 1) *y += (four[0] + four[2]) + (four[1] + four[3]);
+    else for (int v = 0; v < 4; ++v) y[v] += four[v];
 }
 
 // lane i is x[columns[i / V]]

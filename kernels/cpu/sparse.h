@@ -91,67 +91,81 @@ inline void sparse_single(const Part& part, int64_t first, int64_t blocks, const
 }
 
 // values [kept, V] of a block times the factors of their columns
-template <class Column> void multiply_factors(const Part& part, const Column* columns, float* values) {
-    const int V = part.block;
-    for (int64_t k = 0; k < part.kept; ++k, values += V) {
-        float factor = part.factors ? part.factors[columns[k]] : part.gain;
-        for (int v = 0; v < V; ++v) values[v] *= factor;
+template <int V, class Column> void multiply_factors(const Part& part, const Column* columns, float* values) {
+    if constexpr (V < CHUNK) {
+        for (int64_t i = 0; i < part.a.length; i += CHUNK, columns += CHUNK / V)
+            store(values + i, multiply(load<F16>(values + i), gather<V>(part.factors, columns)));
+    } else {
+        for (int64_t k = 0; k < part.kept; ++k) {
+            const F16 factor = broadcast<F16>(part.factors[columns[k]]);
+            for (int v = 0; v < V; v += CHUNK, values += CHUNK) store(values, multiply(load<F16>(values), factor));
+        }
     }
 }
 
-// `values` [kept, V] of one block as float32, factors multiplied in; needs kept * V + CHUNK floats.
-inline void decode_block(const Part& part, int64_t block, float* values) {
-    decode_line(part.a, block, values);
-    if (part.wide_columns)
-        multiply_factors(part, static_cast<const int32_t*>(part.columns) + block * part.kept, values);
-    else
-        multiply_factors(part, static_cast<const uint16_t*>(part.columns) + block * part.kept, values);
+template <class Column> void multiply_factors(const Part& part, int64_t block, float* values) {
+    const Column* columns = static_cast<const Column*>(part.columns) + block * part.kept;
+    switch (part.block) {
+        case 1: return multiply_factors<1>(part, columns, values);
+        case 4: return multiply_factors<4>(part, columns, values);
+        case 8: return multiply_factors<8>(part, columns, values);
+        case 16: return multiply_factors<16>(part, columns, values);
+        case 32: return multiply_factors<32>(part, columns, values);
+        default: return multiply_factors<64>(part, columns, values);
+    }
+}
+
+// float32 [blocks, padded(kept * V)]: the values of some blocks, factors multiplied in, but not `gain`.
+inline void decode_blocks(const Part& part, int64_t first, int64_t blocks, float* values) {
+    decode_lines(part.a, first, blocks, values);
+    if (!part.factors) return;
+    for (int64_t b = first; b < first + blocks; ++b, values += padded(part.a.length))
+        if (part.wide_columns) multiply_factors<int32_t>(part, b, values);
+        else multiply_factors<uint16_t>(part, b, values);
 }
 
 // sums [R, lanes] += R of the V rows of a block; x [in, lanes]
 template <class F, int R, class Column>
-inline void sparse_rows(const float* values, int V, const Column* columns, int64_t kept, const float* x, float* sums) {
+inline void sparse_rows(const Part& part, const float* values, const Column* columns, const float* x, float* sums) {
+    const int V = part.block;
     F total[R];
-    for (int r = 0; r < R; ++r) total[r] = load<F>(sums + r * F::lanes);
-    for (int64_t k = 0; k < kept; ++k, values += V) {
-        F inputs = load<F>(x + int64_t(columns[k]) * F::lanes);
+    for (int r = 0; r < R; ++r) total[r] = zero<F>();
+    for (int64_t k = 0; k < part.kept; ++k, values += V) {
+        const F inputs = load<F>(x + int64_t(columns[k]) * F::lanes);
         for (int r = 0; r < R; ++r) total[r] = fused(broadcast<F>(values[r]), inputs, total[r]);
     }
-    for (int r = 0; r < R; ++r) store(sums + r * F::lanes, total[r]);
+    const F gain = broadcast<F>(part.gain);
+    for (int r = 0; r < R; ++r) store(sums + r * F::lanes, fused(total[r], gain, load<F>(sums + r * F::lanes)));
 }
 
 // V = 1: four chains of sums hide the latency that R rows hide above
 template <class F, class Column>
-inline void sparse_row(const float* values, const Column* columns, int64_t kept, const float* x, float* sums) {
-    F total[4] = {load<F>(sums), zero<F>(), zero<F>(), zero<F>()};
+inline void sparse_row(const Part& part, const float* values, const Column* columns, const float* x, float* sums) {
+    F total[4] = {zero<F>(), zero<F>(), zero<F>(), zero<F>()};
     auto step = [&](int64_t k, F& into) {
         into = fused(broadcast<F>(values[k]), load<F>(x + int64_t(columns[k]) * F::lanes), into);
     };
     int64_t k = 0;
-    for (; k + 3 < kept; k += 4)
+    for (; k + 3 < part.kept; k += 4)
         for (int i = 0; i < 4; ++i) step(k + i, total[i]);
-    for (; k < kept; ++k) step(k, total[0]);
-    store(sums, add(add(total[0], total[1]), add(total[2], total[3])));
+    for (; k < part.kept; ++k) step(k, total[0]);
+    const F all = add(add(total[0], total[1]), add(total[2], total[3]));
+    store(sums, fused(all, broadcast<F>(part.gain), load<F>(sums)));
 }
 
-// sums [V * blocks, lanes] += blocks first .. first + blocks; `values` is scratch for decode_block
+// sums [V * blocks, lanes] += blocks first .. first + blocks, whose `values` decode_blocks gave; x [in, lanes]
 template <class F, class Column>
-void sparse_tile(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums, float* values) {
+void sparse_tile(const Part& part, int64_t first, int64_t blocks, const float* values, const float* x, float* sums) {
     constexpr int most = DELTASERVE_ROWS;
-    const int V = part.block;
-    for (int64_t b = first; b < first + blocks; ++b) {
-        const Column* columns = static_cast<const Column*>(part.columns) + b * part.kept;
-        decode_block(part, b, values);
-        for (int v = 0; v < V;) {
-            float* at = sums + ((b - first) * V + v) * F::lanes;
-            int rows = V < most ? V : most;
-            if (rows == 1) sparse_row<F>(values, columns, part.kept, x, at);
-            else if (rows == 4) sparse_rows<F, 4>(values + v, V, columns, part.kept, x, at);
-            else if (rows == 8) sparse_rows<F, 8>(values + v, V, columns, part.kept, x, at);
-            else sparse_rows<F, most>(values + v, V, columns, part.kept, x, at);
-            v += rows;
+    const int V = part.block, rows = V < most ? V : most;
+    const Column* columns = static_cast<const Column*>(part.columns) + first * part.kept;
+    for (int64_t b = 0; b < blocks; ++b, columns += part.kept, values += padded(part.a.length))
+        for (int v = 0; v < V; v += rows, sums += rows * F::lanes) {
+            if (rows == 1) sparse_row<F>(part, values, columns, x, sums);
+            else if (rows == 4) sparse_rows<F, 4>(part, values + v, columns, x, sums);
+            else if (rows == 8) sparse_rows<F, 8>(part, values + v, columns, x, sums);
+            else sparse_rows<F, most>(part, values + v, columns, x, sums);
         }
-    }
 }
 
 } // namespace
