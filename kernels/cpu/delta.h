@@ -63,23 +63,23 @@ struct Matrix {
 };
 
 // Up to MAX_LANES rows of the batch that belong to one variant. With one lane `x` is [in]; else it is [in][lanes],
-// lanes beyond `count` zero. `inputs` holds what each part multiplies: the row times the factors (sparse, one lane),
-// [r][lanes] products with the first factor (low-rank), the product with the mean row (rows).
+// lanes beyond `count` zero. `inputs` holds what each part multiplies: x, x times the factors (sparse), [r][lanes] products
+// with the first factor (low-rank), or the product with the mean row (rows).
 struct Tile {
     const Delta* delta;
     const int32_t* rows;
     int32_t count;
     int32_t lanes;
     float* x;
-    bool x_is_packed; // else x points into the batch's own float32 row
+    bool x_is_packed; // else x points into the batch's own float32 row, or no part needs it
     float* inputs[MAX_PARTS];
 };
 
 struct Operations {
     const char* name;
     int32_t lanes; // widest tile that this instruction set's registers hold
-    // x of columns [from, to), converted to float32
-    void (*pack)(const Tile&, const Matrix& x, int64_t from, int64_t to);
+    // to[columns from .. end][lanes] = the tile's rows of x in float32, times `factors` unless nullptr
+    void (*pack)(const Tile&, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to);
     // line i of `tile.inputs[part]`
     void (*project)(const Tile&, int64_t part, int64_t line, float* scratch);
     // y[the tiles' rows, PANEL * panel ...] += delta, for up to MAX_GROUP tiles of one variant

@@ -65,9 +65,7 @@ thread_local Workspace workspace;
 
 int64_t aligned(int64_t floats) { return (floats + CHUNK - 1) / CHUNK * CHUNK; }
 
-bool needs_factors(const Tile& tile, const Part& part) {
-    return part.kind == Kind::sparse && part.factors && tile.lanes == 1;
-}
+bool has_factors(const Part& part) { return part.kind == Kind::sparse && part.factors; }
 
 int64_t projections(const Part& part) {
     return part.kind == Kind::low_rank ? part.kept : part.kind == Kind::rows && part.mean ? 1 : 0;
@@ -80,7 +78,7 @@ class Wave {
         : operations(operations), y(y), x(x), tiles(tiles), count(count) {
         int64_t floats = 0;
         for (int64_t i = 0; i < count; ++i) floats += lay_out(tiles[i], nullptr);
-        float* memory = workspace.inputs.reserve(floats);
+        float* memory = workspace.inputs.reserve(floats + 1); // never nullptr, which only counts
         workspace.groups.clear();
         for (int64_t i = 0; i < count; ++i) {
             memory += lay_out(tiles[i], memory);
@@ -94,10 +92,7 @@ class Wave {
         const int64_t parts_of_x = (x.width + PACK_COLUMNS - 1) / PACK_COLUMNS;
         if (packed_floats)
             share(threads_for(double(packed_floats)), count * parts_of_x, [&](int64_t i, int64_t end, int) {
-                for (; i < end; ++i) {
-                    const int64_t from = i % parts_of_x * PACK_COLUMNS;
-                    operations.pack(tiles[i / parts_of_x], x, from, std::min(from + PACK_COLUMNS, x.width));
-                }
+                for (; i < end; ++i) pack(tiles[i / parts_of_x], i % parts_of_x * PACK_COLUMNS);
             });
         if (most_projections)
             share(threads, count * most_projections, [&](int64_t i, int64_t end, int thread) {
@@ -121,21 +116,21 @@ class Wave {
             taken += aligned(floats);
             return at;
         };
-        tile.x_is_packed = tile.lanes > 1 || x.dtype != Dtype::float32;
-        if (tile.x_is_packed) tile.x = take(tile.lanes * x.width);
+        auto take_packed = [&] {
+            packed_floats += memory ? tile.lanes * x.width : 0;
+            return take(tile.lanes * x.width);
+        };
+        const Part* parts = tile.delta->parts;
+        const bool unscaled = !std::all_of(parts, parts + tile.delta->count, has_factors);
+        tile.x_is_packed = unscaled && (tile.lanes > 1 || x.dtype != Dtype::float32);
+        if (tile.x_is_packed) tile.x = take_packed();
         else tile.x = static_cast<float*>(x.data) + tile.rows[0] * x.stride;
-        packed_floats += tile.x_is_packed ? tile.lanes * x.width : 0;
         int64_t lines = 0;
         for (int64_t p = 0; p < tile.delta->count; ++p) {
-            const Part& part = tile.delta->parts[p];
-            tile.inputs[p] = tile.x;
-            if (needs_factors(tile, part)) {
-                tile.inputs[p] = take(x.width);
-                packed_floats += x.width;
-            } else if (projections(part)) {
-                tile.inputs[p] = take(projections(part) * tile.lanes);
-                lines += projections(part);
-            }
+            lines += projections(parts[p]);
+            if (has_factors(parts[p])) tile.inputs[p] = take_packed();
+            else if (projections(parts[p])) tile.inputs[p] = take(projections(parts[p]) * tile.lanes);
+            else tile.inputs[p] = tile.x;
         }
         most_projections = std::max(most_projections, lines);
         panels = std::max(panels, (tile.delta->rows + PANEL - 1) / PANEL);
@@ -149,6 +144,14 @@ class Wave {
         if (!groups.empty() && groups.back().tiles->delta == tile->delta && groups.back().count < MAX_GROUP)
             ++groups.back().count;
         else groups.push_back({tile, 1});
+    }
+
+    void pack(const Tile& tile, int64_t from) const {
+        const int64_t end = std::min(from + PACK_COLUMNS, x.width);
+        if (tile.x_is_packed) operations.pack(tile, x, nullptr, from, end, tile.x);
+        for (int64_t p = 0; p < tile.delta->count; ++p)
+            if (has_factors(tile.delta->parts[p]))
+                operations.pack(tile, x, tile.delta->parts[p].factors, from, end, tile.inputs[p]);
     }
 
     void project(const Tile& tile, int64_t line, int thread) const {

@@ -30,41 +30,46 @@
 namespace deltaserve {
 namespace {
 
-// 4 rows x 4 columns at a time, so that neither reads nor writes are scattered
-template <class T> void pack_tile(const Tile& tile, const Matrix& x, int64_t from, int64_t to) {
+// to[column, lanes] = the tile's rows of x times `factors` (nullptr: 1), lanes beyond its rows zero. 4 rows x 4 columns at a
+// time, so that neither reads nor writes are scattered.
+template <class T>
+void pack_tile(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
     const int lanes = tile.lanes;
     for (int t = 0; t < lanes; t += 4) {
         const T* rows[4];
         for (int i = 0; i < 4; ++i) rows[i] = t + i < tile.count ? row_of<T>(x, tile.rows[t + i]) : nullptr;
         int64_t column = from;
-        for (; column + 3 < to; column += 4) {
+        for (; column + 3 < end; column += 4) {
             Four square[4];
             for (int i = 0; i < 4; ++i) square[i] = rows[i] ? load4(rows[i] + column) : Four{};
             transpose4(square);
-            for (int i = 0; i < 4; ++i) memcpy(tile.x + (column + i) * lanes + t, &square[i], sizeof(Four));
+            for (int i = 0; i < 4; ++i) {
+                if (factors) square[i] *= factors[column + i];
+                memcpy(to + (column + i) * lanes + t, &square[i], sizeof(Four));
+            }
         }
-        for (; column < to; ++column)
-            for (int i = 0; i < 4; ++i) tile.x[column * lanes + t + i] = rows[i] ? to_float(rows[i][column]) : 0;
+        for (; column < end; ++column)
+            for (int i = 0; i < 4; ++i) {
+                const float value = rows[i] ? to_float(rows[i][column]) : 0;
+                to[column * lanes + t + i] = factors ? value * factors[column] : value;
+            }
     }
 }
 
-template <class T> void pack_single(const Tile& tile, const Matrix& x, int64_t from, int64_t to) {
+template <class T>
+void pack_single(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
     const T* row = row_of<T>(x, tile.rows[0]);
-    if (tile.x_is_packed)
-        for (int64_t column = from; column < to; ++column) tile.x[column] = to_float(row[column]);
-    for (int64_t p = 0; p < tile.delta->count; ++p) {
-        const Part& part = tile.delta->parts[p];
-        if (part.kind != Kind::sparse || !part.factors) continue;
-        float* input = tile.inputs[p];
-        for (int64_t column = from; column < to; ++column) input[column] = to_float(row[column]) * part.factors[column];
-    }
+    if (factors)
+        for (int64_t column = from; column < end; ++column) to[column] = to_float(row[column]) * factors[column];
+    else
+        for (int64_t column = from; column < end; ++column) to[column] = to_float(row[column]);
 }
 
-void pack(const Tile& tile, const Matrix& x, int64_t from, int64_t to) {
+void pack(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
     with_dtype(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        if (tile.lanes == 1) pack_single<T>(tile, x, from, to);
-        else pack_tile<T>(tile, x, from, to);
+        if (tile.lanes == 1) pack_single<T>(tile, x, factors, from, end, to);
+        else pack_tile<T>(tile, x, factors, from, end, to);
     });
 }
 
@@ -106,10 +111,10 @@ void sparse_tiles(const Panel& panel, const Part& part, int64_t p, int64_t first
             sparse_single(part, first, blocks, tile.inputs[p], sums);
             continue;
         }
-        if (!decoded) decode_blocks(part, first, blocks, panel.scratch);
+        if (!decoded) decode_lines(part.a, first, blocks, panel.scratch);
         decoded = true;
-        if (tile.lanes == 8) sparse_tile<F8, Column>(part, first, blocks, panel.scratch, tile.x, sums);
-        else sparse_tile<F16, Column>(part, first, blocks, panel.scratch, tile.x, sums);
+        if (tile.lanes == 8) sparse_tile<F8, Column>(part, first, blocks, panel.scratch, tile.inputs[p], sums);
+        else sparse_tile<F16, Column>(part, first, blocks, panel.scratch, tile.inputs[p], sums);
     }
 }
 
@@ -196,9 +201,9 @@ void add_embedding(const Part& part, int64_t width, int64_t id, float* sum, floa
     switch (part.kind) {
         case Kind::sparse: {
             const int64_t block = id / part.block, within = id % part.block;
-            decode_blocks(part, block, 1, scratch);
+            decode_block(part, block, scratch);
             for (int64_t k = 0; k < part.kept; ++k)
-                sum[column_of(part, block * part.kept + k)] += part.gain * scratch[k * part.block + within];
+                sum[column_of(part, block * part.kept + k)] += scratch[k * part.block + within];
             break;
         }
         case Kind::low_rank: {
@@ -248,13 +253,13 @@ void swap_in_block(const Matrix& weight, const Part& part, int64_t block, T* sav
         T* kept = saved + (first + v) * part.kept;
         for (int64_t k = 0; k < part.kept; ++k) {
             kept[k] = row[columns[k]];
-            row[columns[k]] = rounded<T>(to_float(kept[k]) + part.gain * values[k * part.block + v]);
+            row[columns[k]] = rounded<T>(to_float(kept[k]) + values[k * part.block + v]);
         }
     }
 }
 
 void swap_in(const Matrix& weight, const Part& part, int64_t block, void* saved, float* scratch) {
-    decode_blocks(part, block, 1, scratch);
+    decode_block(part, block, scratch);
     with_dtype(weight.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         if (part.wide_columns) swap_in_block<T, int32_t>(weight, part, block, static_cast<T*>(saved), scratch);

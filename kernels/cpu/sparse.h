@@ -90,38 +90,20 @@ inline void sparse_single(const Part& part, int64_t first, int64_t blocks, const
     });
 }
 
-// values [kept, V] of a block times the factors of their columns
-template <int V, class Column> void multiply_factors(const Part& part, const Column* columns, float* values) {
-    if constexpr (V < CHUNK) {
-        for (int64_t i = 0; i < part.a.length; i += CHUNK, columns += CHUNK / V)
-            store(values + i, multiply(load<F16>(values + i), gather<V>(part.factors, columns)));
-    } else {
-        for (int64_t k = 0; k < part.kept; ++k) {
-            const F16 factor = broadcast<F16>(part.factors[columns[k]]);
-            for (int v = 0; v < V; v += CHUNK, values += CHUNK) store(values, multiply(load<F16>(values), factor));
-        }
+template <class Column> void multiply_factors(const Part& part, const Column* columns, float* values) {
+    for (int64_t k = 0; k < part.kept; ++k, values += part.block) {
+        const float factor = part.factors ? part.factors[columns[k]] : part.gain;
+        for (int v = 0; v < part.block; ++v) values[v] *= factor;
     }
 }
 
-template <class Column> void multiply_factors(const Part& part, int64_t block, float* values) {
-    const Column* columns = static_cast<const Column*>(part.columns) + block * part.kept;
-    switch (part.block) {
-        case 1: return multiply_factors<1>(part, columns, values);
-        case 4: return multiply_factors<4>(part, columns, values);
-        case 8: return multiply_factors<8>(part, columns, values);
-        case 16: return multiply_factors<16>(part, columns, values);
-        case 32: return multiply_factors<32>(part, columns, values);
-        default: return multiply_factors<64>(part, columns, values);
-    }
-}
-
-// float32 [blocks, padded(kept * V)]: the values of some blocks, factors multiplied in, but not `gain`.
-inline void decode_blocks(const Part& part, int64_t first, int64_t blocks, float* values) {
-    decode_lines(part.a, first, blocks, values);
-    if (!part.factors) return;
-    for (int64_t b = first; b < first + blocks; ++b, values += padded(part.a.length))
-        if (part.wide_columns) multiply_factors<int32_t>(part, b, values);
-        else multiply_factors<uint16_t>(part, b, values);
+// float32 [kept, V] of a block, factors multiplied in: for embeddings and swaps; products have the factors in their x.
+inline void decode_block(const Part& part, int64_t block, float* values) {
+    decode_line(part.a, block, values);
+    if (part.wide_columns)
+        multiply_factors(part, static_cast<const int32_t*>(part.columns) + block * part.kept, values);
+    else
+        multiply_factors(part, static_cast<const uint16_t*>(part.columns) + block * part.kept, values);
 }
 
 // sums [R, lanes] += R of the V rows of a block; x [in, lanes]
@@ -153,7 +135,7 @@ inline void sparse_row(const Part& part, const float* values, const Column* colu
     store(sums, fused(all, broadcast<F>(part.gain), load<F>(sums)));
 }
 
-// sums [V * blocks, lanes] += blocks first .. first + blocks, whose `values` decode_blocks gave; x [in, lanes]
+// sums [V * blocks, lanes] += blocks first .. first + blocks, whose `values` decode_lines gave; x [in, lanes]
 template <class F, class Column>
 void sparse_tile(const Part& part, int64_t first, int64_t blocks, const float* values, const float* x, float* sums) {
     constexpr int most = DELTASERVE_ROWS;
