@@ -1,11 +1,12 @@
 """Lay a delta out for the compiled kernels: packed codes stay packed, pointers are taken once.
 
 A line of codes (one block of a sparse part, one row of the others) is padded to whole chunks of 16 values. Where that
-changes nothing, the tensors of the delta are used as they are. Three rare cases are stored as float32 instead of growing
-the kernels: groups of fewer than 16 values, inputs wider than 16-bit columns, and blocks whose columns no group fits.
+changes nothing, the tensors of the delta are used as they are. Three rare cases are stored as float32 rather than make
+the kernels grow: groups of fewer than 16 values, inputs too wide for 16-bit columns, groups that end inside a column.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ def _check_columns(part: Sparse, width: int, block: int) -> None:
     if columns.numel() == 0:
         return
     if int(columns.min()) < 0 or int(columns.max()) >= width:
-        raise ValueError(f"Columns of a sparse part reach from {columns.min()} to {columns.max()}; its width is {width}")
+        raise ValueError(
+            f"Columns of a sparse part reach from {columns.min()} to {columns.max()}, its width is {width}"
+        )
     if not bool((columns.diff(dim=1) > 0).all()):
         raise ValueError("Columns of a sparse part must ascend within each block")
 
@@ -222,18 +225,20 @@ def _cycles(part: Part, rows: int, width: int) -> float:
             return len(part.ids) * width / 4
 
 
-class Slots(list[Prepared | None]):
-    """One layer's bank with its pointers at hand; a plain list serves as well, but is read again at every call."""
+class Slots(Sequence[Prepared | None]):
+    """One layer's bank with its pointers at hand; a plain list serves as well, a microsecond slower at every call."""
 
     def __init__(self, prepared: Sequence[Prepared | None]) -> None:
-        super().__init__(prepared)
-        self.pointers = pointers(prepared)
-        self.address = ctypes.addressof(self.pointers)
+        self.prepared = list(prepared)
+        self._pointers = array("Q", [0 if one is None else one.address for one in prepared])
+        self.address = self._pointers.buffer_info()[0]
 
-    def __setitem__(self, slot: Any, prepared: Any) -> None:
-        super().__setitem__(slot, prepared)  # a slice would change the length: refused by the array
-        self.pointers[slot] = None if prepared is None else prepared.address
+    def __len__(self) -> int:
+        return len(self.prepared)
 
+    def __getitem__(self, slot: Any) -> Any:
+        return self.prepared[slot]
 
-def pointers(bank: Sequence[Prepared | None]) -> ctypes.Array[c_void_p]:
-    return (c_void_p * len(bank))(*(None if prepared is None else prepared.address for prepared in bank))
+    def __setitem__(self, slot: int, prepared: Prepared | None) -> None:
+        self._pointers[slot] = 0 if prepared is None else prepared.address
+        self.prepared[slot] = prepared

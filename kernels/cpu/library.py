@@ -5,6 +5,7 @@ from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 # Before the library, which uses OpenMP: its libgomp.so.1 is then torch's own, already loaded, and the process has one.
 import torch  # noqa: F401
@@ -13,8 +14,8 @@ ABI_VERSION = 2
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 """Fastest first."""
 
-_MATRIX = [c_void_p, c_int64, c_int64, c_int64, c_int32]
-_SEGMENTS = [c_void_p, c_int64, c_void_p, c_void_p, c_int64]
+_MATRIX: list[Any] = [c_void_p, c_int64, c_int64, c_int64, c_int32]
+_SEGMENTS: list[Any] = [c_void_p, c_int64, c_void_p, c_void_p, c_int64]
 
 
 @cache

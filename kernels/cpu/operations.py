@@ -51,30 +51,24 @@ class CpuBackend:
         """``y[rows of slot, :out] += x[rows of slot] @ delta[slot].T`` for every slot of the batch, in place."""
         if not segments.rows:
             return
-        if y.stride(1) != 1:
-            self._in_a_copy(y, lambda copy: self.delta_linear_(copy, x, bank, segments))
-            return
-        if x.stride(1) != 1:
+        x_stride, x_step = x.stride()
+        if x_step != 1:
             x = x.contiguous()
+            x_stride = x.stride(0)
+        y_stride, y_step = y.stride()
+        if y_step != 1:
+            return _in_a_copy(y, lambda copy: self.delta_linear_(copy, x, bank, segments))
         table = bank if type(bank) is Slots else Slots(bank)
-        held = table.copy()  # another thread may empty a slot meanwhile
+        held = table.prepared.copy()  # another thread may empty a slot meanwhile
         offsets, owners = segments.offsets, segments.slots
+        # fmt: off
         error = self._linear(
             self._operations,
-            y.data_ptr(),
-            y.stride(0),
-            *y.shape,
-            _DTYPES[y.dtype],
-            x.data_ptr(),
-            x.stride(0),
-            *x.shape,
-            _DTYPES[x.dtype],
-            table.address,
-            len(held),
-            offsets.data_ptr(),
-            owners.data_ptr(),
-            len(owners),
+            y.data_ptr(), y_stride, *y.shape, _DTYPES[y.dtype],
+            x.data_ptr(), x_stride, *x.shape, _DTYPES[x.dtype],
+            table.address, len(held), offsets.data_ptr(), owners.data_ptr(), owners.numel(),
         )
+        # fmt: on
         if error:
             raise _exception(error)
 
@@ -83,26 +77,20 @@ class CpuBackend:
         if not segments.rows:
             return
         if y.stride(1) != 1:
-            self._in_a_copy(y, lambda copy: self.delta_embedding_(copy, ids, bank, segments))
-            return
+            return _in_a_copy(y, lambda copy: self.delta_embedding_(copy, ids, bank, segments))
         if len(ids) != len(y):
             raise ValueError(f"{len(ids)} ids for {len(y)} rows of y")
         ids = ids.long().contiguous()
         table = bank if type(bank) is Slots else Slots(bank)
-        held = table.copy()
+        held = table.prepared.copy()
+        offsets, owners = segments.offsets, segments.slots
+        # fmt: off
         error = self._embedding(
             self._operations,
-            y.data_ptr(),
-            y.stride(0),
-            *y.shape,
-            _DTYPES[y.dtype],
-            ids.data_ptr(),
-            table.address,
-            len(held),
-            segments.offsets.data_ptr(),
-            segments.slots.data_ptr(),
-            len(segments.slots),
+            y.data_ptr(), y.stride(0), *y.shape, _DTYPES[y.dtype], ids.data_ptr(),
+            table.address, len(held), offsets.data_ptr(), owners.data_ptr(), owners.numel(),
         )
+        # fmt: on
         if error:
             raise _exception(error)
 
@@ -113,7 +101,9 @@ class CpuBackend:
         """
         prepared = delta if isinstance(delta, Prepared) else prepare(delta)
         if weight.shape != prepared.shape or not weight.is_contiguous():
-            raise ValueError(f"A delta of shape {prepared.shape} for a weight of shape {tuple(weight.shape)}, contiguous")
+            raise ValueError(
+                f"swap_in_ needs a contiguous weight of the delta's shape {prepared.shape}, not {tuple(weight.shape)}"
+            )
         if prepared.saved_shape is not None:
             saved = torch.empty(prepared.saved_shape, dtype=weight.dtype)
             self._swap_columns(weight, prepared, saved, swap_in=True)
@@ -140,10 +130,12 @@ class CpuBackend:
         if error := self._swap(self._operations, *matrix, delta.address, saved.data_ptr(), swap_in):
             raise _exception(error)
 
-    def _in_a_copy(self, y: Tensor, run: Callable[[Tensor], None]) -> None:
-        copy = y.contiguous()
-        run(copy)
-        y.copy_(copy)
+
+def _in_a_copy(y: Tensor, run: Callable[[Tensor], None]) -> None:
+    """For a ``y`` whose rows are not contiguous."""
+    copy = y.contiguous()
+    run(copy)
+    y.copy_(copy)
 
 
 def _exception(error: int) -> Exception:
