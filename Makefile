@@ -6,7 +6,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 	$(shell find server delta_store kernels -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: .venv/installed
 	.venv/bin/python deploy/demo/run.py --port $(PORT)
@@ -18,6 +18,15 @@ lint: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy -p deltaserve.kernels -p deltaserve.delta_store -p deltaserve.server
+
+# The CPU kernels under the address, undefined-behaviour and thread sanitizers, on random deltas and batches.
+SANITIZERS := address,undefined thread
+sanitize:
+	set -e; for kind in $(SANITIZERS); do \
+		cmake -S . -B build/sanitize-$${kind%%,*} -DDELTASERVE_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo; \
+		cmake --build build/sanitize-$${kind%%,*} --target fuzz --parallel; \
+		build/sanitize-$${kind%%,*}/fuzz; \
+	done
 
 .venv/installed: EXTRA = demo
 .venv-test/installed: EXTRA = dev

@@ -1,13 +1,18 @@
 """Choose the backend that runs the operations; one that is asked for by name and missing is an error."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from deltaserve.kernels import reference
+from deltaserve.kernels.cpu import library
+from deltaserve.kernels.cpu.operations import CpuBackend
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
+
+logger = logging.getLogger(__name__)
 
 
 class Prepared(Protocol):
@@ -27,9 +32,25 @@ class Backend(Protocol):
     def prepare(self, delta: Delta) -> Any: ...
     def delta_linear_(self, y: Tensor, x: Tensor, bank: Sequence[Any], segments: Segments) -> None: ...
     def delta_embedding_(self, y: Tensor, ids: Tensor, bank: Sequence[Any], segments: Segments) -> None: ...
+    def swap_in_(self, weight: Tensor, delta: Delta) -> Any: ...
+    def swap_out_(self, weight: Tensor, token: Any) -> None: ...
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference}
+def _compiled() -> dict[str, Backend]:
+    """The compiled backends that this machine can run, fastest first; none where the library was not built.
+
+    One that was built and does not load is an error: nobody should be served slowly without knowing.
+    """
+    try:
+        names = library.instruction_sets()
+    except RuntimeError as error:
+        logger.warning("Only the slow reference kernels are available: %s", error)
+        return {}
+    return {f"cpu-{name}": CpuBackend(name) for name in names}
+
+
+BACKENDS: dict[str, Backend] = {**_compiled(), "reference": reference}
+"""Fastest first."""
 
 
 def backend(name: str = "auto") -> Backend:
@@ -38,7 +59,7 @@ def backend(name: str = "auto") -> Backend:
     Raises ValueError, with the known names, for any other.
     """
     if name == "auto":
-        return reference
+        return next(iter(BACKENDS.values()))
     if name not in BACKENDS:
         raise ValueError(f"Unknown kernel backend {name!r}; known are: auto, {', '.join(BACKENDS)}")
     return BACKENDS[name]

@@ -1,11 +1,21 @@
 """The compiled CPU library, loaded through ctypes so that it links neither Python nor torch."""
 
 import ctypes
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-ABI_VERSION = 1
+# Before the library, which uses OpenMP: its libgomp.so.1 is then torch's own, already loaded, and the process has one.
+import torch  # noqa: F401
+
+ABI_VERSION = 2
+INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+"""Fastest first."""
+
+_MATRIX: list[Any] = [c_void_p, c_int64, c_int64, c_int64, c_int32]
+_SEGMENTS: list[Any] = [c_void_p, c_int64, c_void_p, c_void_p, c_int64]
 
 
 @cache
@@ -26,4 +36,23 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(
             f"{found[0].name} has interface {version}, this code needs {ABI_VERSION}; reinstall deltaserve"
         )
+    loaded.deltaserve_operations.restype = c_void_p
+    loaded.deltaserve_operations.argtypes = [c_char_p]
+    loaded.deltaserve_linear.argtypes = [c_void_p, *_MATRIX, *_MATRIX, *_SEGMENTS]
+    loaded.deltaserve_embedding.argtypes = [c_void_p, *_MATRIX, c_void_p, *_SEGMENTS]
+    loaded.deltaserve_swap.argtypes = [c_void_p, *_MATRIX, c_void_p, c_void_p, c_int32]
     return loaded
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this machine and this build have, fastest first."""
+    return tuple(name for name in INSTRUCTION_SETS if library().deltaserve_operations(name.encode()))
+
+
+def operations(instruction_set: str) -> c_void_p:
+    """The table of operations compiled for an instruction set; RuntimeError if this machine or build has it not."""
+    if (table := library().deltaserve_operations(instruction_set.encode())) is None:
+        raise RuntimeError(
+            f"This machine cannot run the CPU kernels for {instruction_set!r}; it can: {', '.join(instruction_sets())}"
+        )
+    return c_void_p(table)

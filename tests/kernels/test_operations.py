@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from deltaserve.kernels import dispatch
 from deltaserve.kernels.parts import Delta, Dense
-from deltaserve.kernels.reference import swap_in_, swap_out_, unpack
+from deltaserve.kernels.reference import unpack
 from deltaserve.kernels.segments import BASE, Segments
 
 KINDS = ("sparse", "low_rank", "dense", "rows")
@@ -100,17 +100,29 @@ def test_unpack_is_the_sum_of_the_parts(seed, out, width, block, codec, kinds, m
     assert_close(unpack(delta), dense, torch.float32, "delta")
 
 
+@backends
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_swapping_in_and_out_in_any_order_leaves_the_base_bit_identical(dtype):
+def test_swapping_in_and_out_in_any_order_leaves_the_base_bit_identical(backend, dtype):
     rng = torch.Generator().manual_seed(1)
     weight = torch.randn(133, 63, generator=rng).to(dtype)
     original = weight.clone()
-    for kinds in (["sparse"], ["low_rank"], ["dense"], ["rows"], list(KINDS)):
-        delta, dense = random_delta(rng, kinds, 133, 63, 16, "int4")
-        token = swap_in_(weight, delta)
-        assert_close(weight, original.double() + dense, dtype, f"weight with {kinds}")
-        swap_out_(weight, token)
-        assert torch.equal(weight.view(torch.uint8), original.view(torch.uint8))
+    for codec, block in zip(CODECS, BLOCKS, strict=True):
+        for kinds in (["sparse"], ["low_rank"], ["dense"], ["rows"], list(KINDS)):
+            delta, dense = random_delta(rng, kinds, 133, 63, block, codec)
+            token = backend.swap_in_(weight, delta)
+            assert_close(weight, original.double() + dense, dtype, f"weight with {kinds} {codec}")
+            backend.swap_out_(weight, token)
+            assert torch.equal(weight.view(torch.uint8), original.view(torch.uint8))
+
+
+@backends
+def test_a_vector_is_swapped_too(backend):
+    codes, numbers = random_codes(torch.Generator().manual_seed(2), "int8", (63,), 16)
+    vector = torch.ones(63)
+    token = backend.swap_in_(vector, Delta((63,), (Dense((63,), codes),)))
+    assert_close(vector, numbers + 1, torch.float32, "vector")
+    backend.swap_out_(vector, token)
+    assert torch.equal(vector, torch.ones(63))
 
 
 @pytest.mark.parametrize("codec", CODECS)

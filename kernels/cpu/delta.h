@@ -1,0 +1,98 @@
+// What the kernels are handed: a delta as layout.py prepared it, a batch cut into tiles, and the table of operations that
+// each instruction set fills. The structs up to Matrix are mirrored field by field in layout.py.
+#pragma once
+
+#include <cstdint>
+
+namespace deltaserve {
+
+constexpr int PANEL = 64;     // output rows that one thread computes at a time; every block size divides it
+constexpr int CHUNK = 16;     // values decoded at a time; every line of codes is padded to a multiple of it
+constexpr int MAX_LANES = 16; // rows of the batch that share one pass over a delta
+constexpr int MAX_GROUP = 4;  // tiles of one variant that share what is decoded
+constexpr int MAX_PARTS = 8;
+
+enum class Codec : int32_t { float32, bf16, int8, int4, int2, sign };
+enum class Kind : int32_t { sparse, low_rank, dense, rows };
+enum class Dtype : int32_t { float32, bf16, float16 };
+
+// Lines of `length` values, each padded to `line_bytes`. Scales (bfloat16) cover `group` >= CHUNK consecutive values of
+// the unpadded lines, one after the other; nullptr for the float codecs.
+struct Codes {
+    const uint8_t* data;
+    const uint16_t* scales;
+    int64_t length;
+    int64_t line_bytes;
+    int64_t group;
+    Codec codec;
+    int32_t unused;
+};
+
+// One summand. `a` holds the values of a sparse part (a line is one block, [K, V]), of a dense part and of whole rows
+// (a line is one row), and the first factor of a low-rank part; `b` holds its second factor.
+struct Part {
+    Kind kind;
+    int32_t block;         // sparse: V
+    int32_t wide_columns;  // sparse: columns are 32 bits wide, not 16
+    float gain;            // sparse: the factor of every column where `factors` is nullptr, else 1
+    int64_t kept;          // sparse: K; low-rank: r; rows: how many are stored
+    const void* columns;   // sparse: [blocks, K], and CHUNK more entries that may be read but count for nothing
+    const float* factors;  // sparse: [in]
+    Codes a;
+    Codes b;
+    const int64_t* ids;    // rows: ascending
+    const float* mean;     // rows: [in] or nullptr
+    int64_t mean_rows;
+};
+
+struct Delta {
+    int64_t rows;  // out
+    int64_t width; // in
+    const Part* parts;
+    int64_t count;
+    double cycles; // about what one row of the batch costs, to decide whether threads are worth waking
+};
+
+struct Matrix {
+    void* data;
+    int64_t stride; // values from one row to the next; a row is contiguous
+    int64_t rows;
+    int64_t width;
+    Dtype dtype;
+    int32_t unused;
+};
+
+// Up to MAX_LANES rows of the batch that belong to one variant. With one lane `x` is [in]; else it is [in][lanes],
+// lanes beyond `count` zero. `inputs` holds what each part multiplies: x, x times the factors (sparse), [r][lanes] products
+// with the first factor (low-rank), or the product with the mean row (rows).
+struct Tile {
+    const Delta* delta;
+    const int32_t* rows;
+    int32_t count;
+    int32_t lanes;
+    float* x;
+    bool x_is_packed; // else x points into the batch's own float32 row, or no part needs it
+    float* inputs[MAX_PARTS];
+};
+
+struct Operations {
+    const char* name;
+    int32_t lanes; // widest tile that this instruction set's registers hold
+    // to[columns from .. end][lanes] = the tile's rows of x in float32, times `factors` unless nullptr
+    void (*pack)(const Tile&, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to);
+    // line i of `tile.inputs[part]`
+    void (*project)(const Tile&, int64_t part, int64_t line, float* scratch);
+    // y[the tiles' rows, PANEL * panel ...] += delta, for up to MAX_GROUP tiles of one variant
+    void (*panel)(const Tile* tiles, int64_t count, int64_t panel, const Matrix& y, float* scratch);
+    // y[row] += delta[id]
+    void (*embed)(const Delta&, int64_t id, const Matrix& y, int64_t row, float* scratch);
+    // weight[rows of block] += sparse; what stood there goes to saved [rows, K]
+    void (*swap_in)(const Matrix& weight, const Part&, int64_t block, void* saved, float* scratch);
+    void (*swap_out)(const Matrix& weight, const Part&, int64_t block, const void* saved);
+};
+
+extern const Operations operations_portable;
+extern const Operations operations_avx2;
+extern const Operations operations_avx512;
+
+} // namespace deltaserve

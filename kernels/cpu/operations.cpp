@@ -1,0 +1,302 @@
+// The operations on one tile, panel, row or block. CMake compiles this file once for each instruction set, with
+// DELTASERVE_ISA its name; everything but the table at the end has internal linkage, so that no inline function compiled for
+// one instruction set can be linked into another's code.
+#include "delta.h"
+
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__)
+#define DELTASERVE_ROWS 16 // rows of a block whose sums fit in the registers
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#define DELTASERVE_ROWS 8
+#define DELTASERVE_NATIVE 8
+#include "simd_avx2.h"
+#else
+#if defined(__ARM_NEON)
+#define DELTASERVE_ROWS 8
+#else
+#define DELTASERVE_ROWS 4
+#endif
+#define DELTASERVE_NATIVE 4
+#include "simd_generic.h"
+#endif
+#include "codes.h"
+#include "values.h"
+#include "sparse.h"
+#include "lines.h"
+
+namespace deltaserve {
+namespace {
+
+// to[column, lanes] = the tile's rows of x times `factors` (nullptr: 1), lanes beyond its rows zero. 4 rows x 4 columns at a
+// time, so that neither reads nor writes are scattered.
+template <class T>
+void pack_tile(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
+    const int lanes = tile.lanes;
+    for (int t = 0; t < lanes; t += 4) {
+        const T* rows[4];
+        for (int i = 0; i < 4; ++i) rows[i] = t + i < tile.count ? row_of<T>(x, tile.rows[t + i]) : nullptr;
+        int64_t column = from;
+        for (; column + 3 < end; column += 4) {
+            Four square[4];
+            for (int i = 0; i < 4; ++i) square[i] = rows[i] ? load4(rows[i] + column) : Four{};
+            transpose4(square);
+            for (int i = 0; i < 4; ++i) {
+                if (factors) square[i] *= factors[column + i];
+                memcpy(to + (column + i) * lanes + t, &square[i], sizeof(Four));
+            }
+        }
+        for (; column < end; ++column)
+            for (int i = 0; i < 4; ++i) {
+                const float value = rows[i] ? to_float(rows[i][column]) : 0;
+                to[column * lanes + t + i] = factors ? value * factors[column] : value;
+            }
+    }
+}
+
+template <class T>
+void pack_single(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
+    const T* row = row_of<T>(x, tile.rows[0]);
+    if (factors)
+        for (int64_t column = from; column < end; ++column) to[column] = to_float(row[column]) * factors[column];
+    else
+        for (int64_t column = from; column < end; ++column) to[column] = to_float(row[column]);
+}
+
+void pack(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
+    with_dtype(x.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        if (tile.lanes == 1) pack_single<T>(tile, x, factors, from, end, to);
+        else pack_tile<T>(tile, x, factors, from, end, to);
+    });
+}
+
+void project(const Tile& tile, int64_t p, int64_t line, float* scratch) {
+    const Part& part = tile.delta->parts[p];
+    float* sums = tile.inputs[p] + line * tile.lanes;
+    for (int t = 0; t < tile.lanes; ++t) sums[t] = 0;
+    const float* values = part.mean;
+    if (part.kind == Kind::low_rank) {
+        decode_line(part.a, line, scratch);
+        values = scratch;
+    }
+    dot(values, tile.delta->width, tile.x, tile.lanes, sums);
+}
+
+// Rows from .. to of one delta for several tiles of it: what is decoded once serves them all.
+struct Panel {
+    const Tile* tiles;
+    int64_t count;
+    int64_t from, to;
+    float* sums;    // [count][PANEL * MAX_LANES], a tile's as [to - from, lanes]
+    float* scratch; // for decoded values
+
+    float* sums_of(int64_t tile, int64_t row) const {
+        return sums + tile * PANEL * MAX_LANES + (row - from) * tiles[tile].lanes;
+    }
+    void add_product(int64_t row, const float* line, int64_t n, int64_t tile, const float* x) const {
+        dot(line, n, x, tiles[tile].lanes, sums_of(tile, row));
+    }
+};
+
+template <class Column>
+void sparse_tiles(const Panel& panel, const Part& part, int64_t p, int64_t first, int64_t blocks) {
+    bool decoded = false;
+    for (int64_t i = 0; i < panel.count; ++i) {
+        const Tile& tile = panel.tiles[i];
+        float* sums = panel.sums_of(i, panel.from);
+        if (tile.lanes == 1) {
+            sparse_single(part, first, blocks, tile.inputs[p], sums);
+            continue;
+        }
+        if (!decoded) decode_lines(part.a, first, blocks, panel.scratch);
+        decoded = true;
+        if (tile.lanes == 8) sparse_tile<F8, Column>(part, first, blocks, panel.scratch, tile.inputs[p], sums);
+        else sparse_tile<F16, Column>(part, first, blocks, panel.scratch, tile.inputs[p], sums);
+    }
+}
+
+void add_sparse(const Panel& panel, const Part& part, int64_t p) {
+    const int64_t first = panel.from / part.block, blocks = (panel.to - 1) / part.block + 1 - first;
+    if (part.wide_columns) sparse_tiles<int32_t>(panel, part, p, first, blocks);
+    else sparse_tiles<uint16_t>(panel, part, p, first, blocks);
+}
+
+void add_low_rank(const Panel& panel, const Part& part, int64_t p) {
+    for (int64_t row = panel.from; row < panel.to; ++row) {
+        decode_line(part.b, row, panel.scratch);
+        for (int64_t i = 0; i < panel.count; ++i)
+            panel.add_product(row, panel.scratch, part.kept, i, panel.tiles[i].inputs[p]);
+    }
+}
+
+void add_line(const Panel& panel, const Part& part, int64_t line, int64_t row) {
+    decode_line(part.a, line, panel.scratch);
+    for (int64_t i = 0; i < panel.count; ++i)
+        panel.add_product(row, panel.scratch, part.a.length, i, panel.tiles[i].x);
+}
+
+void add_rows(const Panel& panel, const Part& part, int64_t p) {
+    int64_t next = first_at_or_after(part.ids, part.kept, panel.from);
+    for (int64_t row = panel.from; row < panel.to; ++row) {
+        if (next < part.kept && part.ids[next] == row) {
+            add_line(panel, part, next++, row);
+        } else if (part.mean && row < part.mean_rows) {
+            for (int64_t i = 0; i < panel.count; ++i)
+                for (int t = 0; t < panel.tiles[i].lanes; ++t) panel.sums_of(i, row)[t] += panel.tiles[i].inputs[p][t];
+        }
+    }
+}
+
+// y[tile's rows, from .. to] += sums [to - from, lanes], rounded once
+void add_sums_to_rows(const Tile& tile, const Matrix& y, int64_t from, int64_t to, const float* sums) {
+    float turned[MAX_LANES][PANEL];
+    if (tile.lanes > 1)
+        for (int t = 0; t < tile.lanes; t += 4)
+            for (int r = 0; r < PANEL; r += 4) {
+                Four square[4];
+                for (int i = 0; i < 4; ++i) square[i] = load4(sums + (r + i) * tile.lanes + t);
+                transpose4(square);
+                for (int i = 0; i < 4; ++i) memcpy(&turned[t + i][r], &square[i], sizeof(Four));
+            }
+    with_dtype(y.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        for (int t = 0; t < tile.count; ++t)
+            add_to_row(row_of<T>(y, tile.rows[t]) + from, tile.lanes > 1 ? turned[t] : sums, to - from);
+    });
+}
+
+void add_panel(const Tile* tiles, int64_t count, int64_t index, const Matrix& y, float* scratch) {
+    const Delta& delta = *tiles->delta;
+    const int64_t from = index * PANEL, to = from + PANEL < delta.rows ? from + PANEL : delta.rows;
+    if (from >= to) return; // another variant of this batch has more rows
+    const Panel panel{tiles, count, from, to, scratch, scratch + count * PANEL * MAX_LANES};
+    for (int64_t i = 0; i < count; ++i) memset(panel.sums_of(i, from), 0, PANEL * tiles[i].lanes * sizeof(float));
+    for (int64_t p = 0; p < delta.count; ++p) {
+        const Part& part = delta.parts[p];
+        switch (part.kind) {
+            case Kind::sparse: add_sparse(panel, part, p); break;
+            case Kind::low_rank: add_low_rank(panel, part, p); break;
+            case Kind::dense:
+                for (int64_t row = from; row < to; ++row) add_line(panel, part, row, row);
+                break;
+            case Kind::rows: add_rows(panel, part, p); break;
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) add_sums_to_rows(tiles[i], y, from, to, panel.sums_of(i, from));
+}
+
+int64_t column_of(const Part& part, int64_t at) {
+    return part.wide_columns ? static_cast<const int32_t*>(part.columns)[at]
+                             : static_cast<const uint16_t*>(part.columns)[at];
+}
+
+// sum [in] += row `id` of the part
+void add_embedding(const Part& part, int64_t width, int64_t id, float* sum, float* scratch) {
+    auto add_line = [&](const float* line, float factor) {
+        for (int64_t i = 0; i < width; ++i) sum[i] += factor * line[i];
+    };
+    switch (part.kind) {
+        case Kind::sparse: {
+            const int64_t block = id / part.block, within = id % part.block;
+            decode_block(part, block, scratch);
+            for (int64_t k = 0; k < part.kept; ++k)
+                sum[column_of(part, block * part.kept + k)] += scratch[k * part.block + within];
+            break;
+        }
+        case Kind::low_rank: {
+            float* line = scratch + padded(part.kept);
+            decode_line(part.b, id, scratch);
+            for (int64_t r = 0; r < part.kept; ++r) {
+                decode_line(part.a, r, line);
+                add_line(line, scratch[r]);
+            }
+            break;
+        }
+        case Kind::dense:
+            decode_line(part.a, id, scratch);
+            add_line(scratch, 1);
+            break;
+        case Kind::rows: {
+            const int64_t i = first_at_or_after(part.ids, part.kept, id);
+            if (i < part.kept && part.ids[i] == id) {
+                decode_line(part.a, i, scratch);
+                add_line(scratch, 1);
+            } else if (part.mean && id < part.mean_rows) {
+                add_line(part.mean, 1);
+            }
+            break;
+        }
+    }
+}
+
+void embed(const Delta& delta, int64_t id, const Matrix& y, int64_t row, float* scratch) {
+    float* sum = scratch;
+    memset(sum, 0, delta.width * sizeof(float));
+    for (int64_t p = 0; p < delta.count; ++p)
+        add_embedding(delta.parts[p], delta.width, id, sum, scratch + delta.width + CHUNK);
+    with_dtype(y.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        add_to_row(row_of<T>(y, row), sum, delta.width);
+    });
+}
+
+// Row after row, because the columns of a row ascend: the memory is walked forwards.
+template <class T, class Column>
+void swap_in_block(const Matrix& weight, const Part& part, int64_t block, T* saved, const float* values) {
+    const Column* columns = static_cast<const Column*>(part.columns) + block * part.kept;
+    const int64_t first = block * part.block;
+    for (int64_t v = 0; v < part.block && first + v < weight.rows; ++v) {
+        T* row = row_of<T>(weight, first + v);
+        T* kept = saved + (first + v) * part.kept;
+        for (int64_t k = 0; k < part.kept; ++k) {
+            kept[k] = row[columns[k]];
+            row[columns[k]] = rounded<T>(to_float(kept[k]) + values[k * part.block + v]);
+        }
+    }
+}
+
+void swap_in(const Matrix& weight, const Part& part, int64_t block, void* saved, float* scratch) {
+    decode_block(part, block, scratch);
+    with_dtype(weight.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        if (part.wide_columns) swap_in_block<T, int32_t>(weight, part, block, static_cast<T*>(saved), scratch);
+        else swap_in_block<T, uint16_t>(weight, part, block, static_cast<T*>(saved), scratch);
+    });
+}
+
+template <class T, class Column>
+void swap_out_block(const Matrix& weight, const Part& part, int64_t block, const T* saved) {
+    const Column* columns = static_cast<const Column*>(part.columns) + block * part.kept;
+    const int64_t first = block * part.block;
+    for (int64_t v = 0; v < part.block && first + v < weight.rows; ++v) {
+        T* row = row_of<T>(weight, first + v);
+        const T* kept = saved + (first + v) * part.kept;
+        for (int64_t k = 0; k < part.kept; ++k) row[columns[k]] = kept[k];
+    }
+}
+
+void swap_out(const Matrix& weight, const Part& part, int64_t block, const void* saved) {
+    with_dtype(weight.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        if (part.wide_columns) swap_out_block<T, int32_t>(weight, part, block, static_cast<const T*>(saved));
+        else swap_out_block<T, uint16_t>(weight, part, block, static_cast<const T*>(saved));
+    });
+}
+
+constexpr int LANES = DELTASERVE_ROWS == 16 ? 16 : 8;
+
+} // namespace
+
+#define DELTASERVE_JOIN(a, b) a##b
+#define DELTASERVE_TABLE(isa) DELTASERVE_JOIN(operations_, isa)
+#define DELTASERVE_TEXT(isa) #isa
+#define DELTASERVE_NAME(isa) DELTASERVE_TEXT(isa)
+
+const Operations DELTASERVE_TABLE(DELTASERVE_ISA) = {
+    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, add_panel, embed, swap_in, swap_out,
+};
+
+} // namespace deltaserve

@@ -1,0 +1,143 @@
+"""The operations in C++: one call a layer for the whole batch, whatever the number of its variants."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.cpu.layout import Prepared, Slots, prepare
+from deltaserve.kernels.cpu.library import library, operations
+from deltaserve.kernels.parts import Delta
+from deltaserve.kernels.segments import Segments
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ERRORS = {
+    1: "The segment table must begin at 0, ascend, and end at the number of rows of y and x",
+    2: "The segment table names a slot that the bank does not have",
+    3: "x is not as wide as a delta of this batch",
+    4: "y has not the width of a delta of this batch",
+    5: "An id is outside of its variant's vocabulary",
+    7: "The delta has not the weight's shape",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SwapToken:
+    """What ``swap_in`` overwrote. ``rows`` int64 where only these were; ``delta`` where only its columns were."""
+
+    saved: Tensor
+    rows: Tensor | None
+    delta: Prepared | None
+
+
+class CpuBackend:
+    """The operations of ``reference.py`` for one instruction set.
+
+    Raises RuntimeError when created for one that this machine or this build does not have. Its methods raise
+    ValueError for a malformed segment table, slot, id or shape, before anything is written.
+    """
+
+    def __init__(self, instruction_set: str) -> None:
+        self.NAME = f"cpu-{instruction_set}"
+        self._operations = operations(instruction_set)
+        self._linear = library().deltaserve_linear
+        self._embedding = library().deltaserve_embedding
+        self._swap = library().deltaserve_swap
+
+    prepare = staticmethod(prepare)
+    slots = Slots
+
+    def delta_linear_(self, y: Tensor, x: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:
+        """``y[rows of slot, :out] += x[rows of slot] @ delta[slot].T`` for every slot of the batch, in place."""
+        if not segments.rows:
+            return
+        x_stride, x_step = x.stride()
+        if x_step != 1:
+            x = x.contiguous()
+            x_stride = x.stride(0)
+        y_stride, y_step = y.stride()
+        if y_step != 1:
+            return _in_a_copy(y, lambda copy: self.delta_linear_(copy, x, bank, segments))
+        table = bank if type(bank) is Slots else Slots(bank)
+        held = table.prepared.copy()  # another thread may empty a slot meanwhile
+        offsets, owners = segments.offsets, segments.slots
+        # fmt: off
+        error = self._linear(
+            self._operations,
+            y.data_ptr(), y_stride, *y.shape, _DTYPES[y.dtype],
+            x.data_ptr(), x_stride, *x.shape, _DTYPES[x.dtype],
+            table.address, len(held), offsets.data_ptr(), owners.data_ptr(), owners.numel(),
+        )
+        # fmt: on
+        if error:
+            raise _exception(error)
+
+    def delta_embedding_(self, y: Tensor, ids: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:
+        """``y[t] += delta[slot of t][ids[t]]`` for every row of the batch that is a variant's, in place."""
+        if not segments.rows:
+            return
+        if y.stride(1) != 1:
+            return _in_a_copy(y, lambda copy: self.delta_embedding_(copy, ids, bank, segments))
+        if len(ids) != len(y):
+            raise ValueError(f"{len(ids)} ids for {len(y)} rows of y")
+        ids = ids.long().contiguous()
+        table = bank if type(bank) is Slots else Slots(bank)
+        held = table.prepared.copy()
+        offsets, owners = segments.offsets, segments.slots
+        # fmt: off
+        error = self._embedding(
+            self._operations,
+            y.data_ptr(), y.stride(0), *y.shape, _DTYPES[y.dtype], ids.data_ptr(),
+            table.address, len(held), offsets.data_ptr(), owners.data_ptr(), owners.numel(),
+        )
+        # fmt: on
+        if error:
+            raise _exception(error)
+
+    def swap_in_(self, weight: Tensor, delta: Delta | Prepared) -> SwapToken:
+        """``weight += delta`` in place, rounded once; returns what ``swap_out_`` needs. ``weight`` must be contiguous.
+
+        What will be overwritten is allocated, and for all but one sparse part copied, before the first write.
+        """
+        prepared = delta if isinstance(delta, Prepared) else prepare(delta)
+        if weight.shape != prepared.shape or not weight.is_contiguous():
+            raise ValueError(
+                f"swap_in_ needs a contiguous weight of the delta's shape {prepared.shape}, not {tuple(weight.shape)}"
+            )
+        if prepared.saved_shape is not None:
+            saved = torch.empty(prepared.saved_shape, dtype=weight.dtype)
+            self._swap_columns(weight, prepared, saved, swap_in=True)
+            return SwapToken(saved, None, prepared)
+        rows = prepared.rows_alone
+        matrix = weight if weight.dim() == 2 else weight[None]
+        ids = torch.arange(len(matrix)) if rows is None else rows
+        saved = matrix[ids]
+        changed = saved.clone()
+        self.delta_embedding_(changed, ids, Slots([prepared]), Segments.of([len(ids)], [0]))
+        matrix[ids] = changed
+        return SwapToken(saved, ids, None)
+
+    def swap_out_(self, weight: Tensor, token: SwapToken) -> None:
+        """Put back what ``swap_in_`` overwrote: the weight is bit-identical to what it was."""
+        if token.delta is not None:
+            self._swap_columns(weight, token.delta, token.saved, swap_in=False)
+        else:
+            matrix = weight if weight.dim() == 2 else weight[None]
+            matrix[token.rows] = token.saved
+
+    def _swap_columns(self, weight: Tensor, delta: Prepared, saved: Tensor, *, swap_in: bool) -> None:
+        matrix = (weight.data_ptr(), weight.stride(0), *weight.shape, _DTYPES[weight.dtype])
+        if error := self._swap(self._operations, *matrix, delta.address, saved.data_ptr(), swap_in):
+            raise _exception(error)
+
+
+def _in_a_copy(y: Tensor, run: Callable[[Tensor], None]) -> None:
+    """For a ``y`` whose rows are not contiguous."""
+    copy = y.contiguous()
+    run(copy)
+    y.copy_(copy)
+
+
+def _exception(error: int) -> Exception:
+    return ValueError(_ERRORS[error]) if error in _ERRORS else MemoryError("The CPU kernels found no memory")

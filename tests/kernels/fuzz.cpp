@@ -1,0 +1,201 @@
+// Random deltas, batches and malformed segment tables through the C interface, for the sanitizers (`make sanitize`). Every
+// buffer has exactly its size, so that the address sanitizer sees a read or write one past it; every instruction set must
+// give what the portable code gives. Values themselves are tested against the oracle in test_operations.py.
+#include "../../kernels/cpu/batch.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+using namespace deltaserve;
+
+extern "C" {
+const void* deltaserve_operations(const char* name);
+int32_t deltaserve_linear(const void*, void*, int64_t, int64_t, int64_t, int32_t, void*, int64_t, int64_t, int64_t, int32_t,
+                          const Delta* const*, int64_t, const int32_t*, const int32_t*, int64_t);
+int32_t deltaserve_embedding(const void*, void*, int64_t, int64_t, int64_t, int32_t, const int64_t*, const Delta* const*,
+                             int64_t, const int32_t*, const int32_t*, int64_t);
+int32_t deltaserve_swap(const void*, void*, int64_t, int64_t, int64_t, int32_t, const Delta*, void*, int32_t);
+}
+
+namespace {
+
+std::mt19937 rng;
+
+int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
+template <class T> T pick(std::initializer_list<T> from) { return from.begin()[between(0, int64_t(from.size()) - 1)]; }
+
+std::vector<float> random_floats(int64_t n) {
+    std::normal_distribution<float> normal;
+    std::vector<float> values(n);
+    for (float& value : values) value = normal(rng);
+    return values;
+}
+
+// A delta and all that it points to.
+struct Made {
+    std::vector<std::vector<uint8_t>> bytes;
+    std::vector<Part> parts;
+    Delta delta;
+
+    template <class T> const T* keep(const std::vector<T>& values) {
+        bytes.emplace_back(values.size() * sizeof(T));
+        if (!values.empty()) std::memcpy(bytes.back().data(), values.data(), bytes.back().size());
+        return reinterpret_cast<const T*>(bytes.back().data());
+    }
+
+    Codes codes(int64_t lines, int64_t length, Codec codec, int64_t group) {
+        constexpr int bits[] = {32, 16, 8, 4, 2, 1};
+        const int64_t padded = (length + CHUNK - 1) / CHUNK * CHUNK;
+        Codes made{nullptr, nullptr, length, padded * bits[int(codec)] / 8, group, codec, 0};
+        std::vector<uint8_t> data(lines * made.line_bytes);
+        for (uint8_t& byte : data) byte = uint8_t(between(0, 255));
+        if (codec == Codec::float32) {
+            const std::vector<float> values = random_floats(lines * padded);
+            if (!data.empty()) std::memcpy(data.data(), values.data(), data.size());
+        }
+        if (codec == Codec::bf16) // exponents near 1
+            for (size_t i = 1; i < data.size(); i += 2) data[i] = uint8_t(0x3f | (data[i] & 0x80));
+        made.data = keep(data);
+        if (codec != Codec::float32 && codec != Codec::bf16)
+            made.scales = keep(std::vector<uint16_t>((lines * length + group - 1) / group, 0x3f80));
+        return made;
+    }
+
+    Part part(Kind kind, int64_t rows, int64_t width) {
+        const Codec codec = Codec(between(0, 5));
+        const int64_t group = pick<int64_t>({16, 17, 48, 64, 1000});
+        Part made{};
+        made.kind = kind;
+        made.gain = 1;
+        if (kind == Kind::sparse) {
+            made.block = pick({1, 4, 8, 16, 32, 64});
+            const int64_t blocks = (rows + made.block - 1) / made.block;
+            made.kept = between(1, width);
+            made.wide_columns = between(0, 4) == 0;
+            std::vector<int32_t> columns;
+            for (int64_t b = 0; b < blocks; ++b)
+                for (int64_t k = 0; k < made.kept; ++k) columns.push_back(int32_t(k * width / made.kept));
+            columns.resize(columns.size() + CHUNK);
+            if (made.wide_columns) made.columns = keep(columns);
+            else made.columns = keep(std::vector<uint16_t>(columns.begin(), columns.end()));
+            if (between(0, 1)) made.factors = keep(random_floats(width));
+            const bool fits = group % made.block == 0 || group % CHUNK == 0;
+            made.a = codes(blocks, made.kept * made.block, made.wide_columns ? Codec::float32 : codec, fits ? group : 64);
+        } else if (kind == Kind::low_rank) {
+            made.kept = between(1, 9);
+            made.a = codes(made.kept, width, codec, group);
+            made.b = codes(rows, made.kept, codec, group);
+        } else if (kind == Kind::dense) {
+            made.a = codes(rows, width, codec, group);
+        } else {
+            std::vector<int64_t> ids;
+            for (int64_t row = 0; row < rows; ++row)
+                if (between(0, 2) == 0) ids.push_back(row);
+            made.kept = int64_t(ids.size());
+            made.ids = keep(ids);
+            made.a = codes(made.kept, width, codec, group);
+            if (between(0, 1)) made.mean = keep(random_floats(width));
+            made.mean_rows = rows - between(0, rows);
+        }
+        return made;
+    }
+
+    Made(int64_t rows, int64_t width, int64_t count, bool sparse_only) {
+        bytes.reserve(64);
+        for (int64_t p = 0; p < count; ++p) parts.push_back(part(sparse_only ? Kind::sparse : Kind(between(0, 3)), rows, width));
+        delta = {rows, width, parts.data(), count, pick({0.0, 1e6})}; // 1e6: as many threads as there are
+    }
+};
+
+struct Batch {
+    std::vector<int32_t> offsets{0}, slots;
+    int64_t rows() const { return offsets.back(); }
+    Batch(int64_t runs, int64_t bank) {
+        for (int64_t i = 0; i < runs; ++i) {
+            offsets.push_back(offsets.back() + int32_t(between(0, 20)));
+            slots.push_back(int32_t(between(-1, bank - 1)));
+        }
+    }
+    void spoil() {
+        int32_t& entry = between(0, 1) ? offsets[between(0, int64_t(offsets.size()) - 1)] : slots[between(0, int64_t(slots.size()) - 1)];
+        entry = pick<int32_t>({INT32_MIN, -2, -1, 0, 1, 1000, INT32_MAX});
+    }
+};
+
+void require(bool holds, const char* what) {
+    if (holds) return;
+    std::fprintf(stderr, "fuzz: %s\n", what);
+    std::exit(1);
+}
+
+void require_close(const std::vector<float>& got, const std::vector<float>& expected) {
+    double error = 0, size = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+        error += std::pow(double(got[i]) - expected[i], 2);
+        size += std::pow(double(expected[i]), 2);
+    }
+    require(error <= 1e-9 * size, "an instruction set disagrees with the portable code");
+}
+
+void round_of(const std::vector<const void*>& sets) {
+    const int64_t rows = between(1, 200), width = between(1, 150), count = between(1, 4);
+    std::vector<std::unique_ptr<Made>> made;
+    std::vector<const Delta*> bank;
+    for (int64_t i = 0; i < count; ++i) {
+        made.push_back(std::make_unique<Made>(rows, width, between(1, 3), false));
+        bank.push_back(between(0, 4) ? &made.back()->delta : nullptr);
+    }
+    Batch batch(between(1, 6), count);
+    const int64_t tokens = batch.rows();
+    if (between(0, 3) == 0) batch.spoil();
+    const std::vector<float> x = random_floats(tokens * width);
+    std::vector<int64_t> ids(tokens);
+    for (int64_t& id : ids) id = between(0, rows - (between(0, 50) ? 1 : 0)); // seldom one too far
+
+    std::vector<float> first_y, first_embedding;
+    for (const void* set : sets) {
+        std::vector<float> y(tokens * rows), embedding(tokens * width), input = x;
+        const int32_t segments = int32_t(batch.slots.size());
+        deltaserve_linear(set, y.data(), rows, tokens, rows, 0, input.data(), width, tokens, width, 0, bank.data(), count,
+                          batch.offsets.data(), batch.slots.data(), segments);
+        deltaserve_embedding(set, embedding.data(), width, tokens, width, 0, ids.data(), bank.data(), count,
+                             batch.offsets.data(), batch.slots.data(), segments);
+        if (set == sets[0]) {
+            first_y = y;
+            first_embedding = embedding;
+        }
+        require_close(y, first_y);
+        require_close(embedding, first_embedding);
+        for (int32_t dtype : {1, 2}) { // bf16 and float16: what the bytes mean does not matter here
+            std::vector<uint16_t> half_y(tokens * rows), half_x(tokens * width, 0x3c00);
+            deltaserve_linear(set, half_y.data(), rows, tokens, rows, dtype, half_x.data(), width, tokens, width, dtype,
+                              bank.data(), count, batch.offsets.data(), batch.slots.data(), segments);
+        }
+        const Made sparse(rows, width, 1, true);
+        std::vector<float> weight = random_floats(rows * width), saved(rows * sparse.parts[0].kept);
+        const std::vector<float> original = weight;
+        require(!deltaserve_swap(set, weight.data(), width, rows, width, 0, &sparse.delta, saved.data(), 1), "swap in");
+        require(!deltaserve_swap(set, weight.data(), width, rows, width, 0, &sparse.delta, saved.data(), 0), "swap out");
+        require(!std::memcmp(weight.data(), original.data(), weight.size() * sizeof(float)), "a swap left a trace");
+    }
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
+    std::vector<const void*> sets;
+    for (const char* name : {"portable", "avx2", "avx512"})
+        if (const void* set = deltaserve_operations(name)) sets.push_back(set);
+    for (int round = 0; round < rounds; ++round) {
+        rng.seed(uint32_t(round));
+        round_of(sets);
+    }
+    std::printf("%d rounds, %zu instruction sets\n", rounds, sets.size());
+}
