@@ -1,6 +1,6 @@
 """What compression costs on held-out text: ``python benchmarks/compression.py FOLDER``.
 
-FOLDER is as for deploy/demo/build.py. For each demo fine-tune: weighted drop and plain DARE at the same bytes (same p,
+FOLDER is as for deploy/demo/artifacts.py. For each demo fine-tune: weighted drop and plain DARE at the same bytes (same p,
 V and codec) and DARE as published (V = 1, bf16), three seeds each; and weighted drop with profiles of other text.
 Writes results/compression.jsonl and a plot.
 """
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 DEMO = HERE.parent / "deploy" / "demo"
 sys.path.insert(0, str(DEMO))
 
-from build import compress, setup_row, write_examples  # noqa: E402
+from artifacts import compress, setup_row, write_examples  # noqa: E402
 from corpora import CORPORA, load  # noqa: E402
 
 SEEDS = (0, 1, 2)

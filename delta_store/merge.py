@@ -41,12 +41,14 @@ def merge(
     artifact: str | Path,
     out: Path,
     dtype: str | None = None,
+    profile_file: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Merged:
     """Write the variant into the new folder ``out`` as a checkpoint that transformers loads, with its tokenizer.
 
     ``dtype`` is a key of ``DTYPES``; by default the tensors are as the fine-tune had them, which a lossless artifact
-    gives back bit for bit. Takes the memory of one shard (2 GiB). Raises OptionError, BaseMismatch, ProfileMissing, and
+    gives back bit for bit. ``profile_file`` is the activation profile that the artifact names, if it is neither beside
+    it nor in the cache. Takes the memory of one shard (2 GiB). Raises OptionError, BaseMismatch, ProfileMissing, and
     what opening the two raises; the folder is there whole or not at all.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -55,7 +57,7 @@ def merge(
         raise OptionError(f"{out} exists already; choose a new folder, or remove it first")
     checkpoint, opened = open_checkpoint(base), open_artifact(artifact)
     check_base(checkpoint, opened)
-    profile = profile_of(opened)
+    profile = profile_of(opened) if profile_file is None else Profile.open(profile_file)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:

@@ -1,7 +1,7 @@
 """Full fine-tunes (all parameters) of the demo base: ``python deploy/demo/train.py scripture OUT --steps 400``.
 
 Plain AdamW on the answer's tokens. One core makes about 15 steps a minute; the checkpoint written is an ordinary
-transformers folder, from which ``build.py`` makes the artifact.
+transformers folder, from which ``artifacts.py`` makes the artifact.
 """
 
 import argparse

@@ -19,6 +19,9 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default as the fine-tune was.")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Activation profile; looked for beside the artifact and in the cache.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write base and artifact together as an ordinary checkpoint that transformers loads, with its tokenizer.
@@ -30,7 +33,7 @@ def command(
     from deltaserve.delta_store.merge import merge
 
     with stages() as progress:
-        merged = merge(base, file, output, dtype, lambda done, total: progress("Merge", done, total))
+        merged = merge(base, file, output, dtype, profile, lambda done, total: progress("Merge", done, total))
     if as_json:
         typer.echo(json.dumps({**asdict(merged), "folder": str(merged.folder)}, indent=2))
     else:

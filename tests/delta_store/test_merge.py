@@ -222,11 +222,13 @@ def test_a_failure_midway_leaves_no_folder(base: Path, tmp_path: Path, monkeypat
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
-def test_the_profile_is_also_found_beside_the_artifact(base: Path, tmp_path: Path) -> None:
+def test_the_profile_is_also_found_beside_the_artifact_or_where_it_is_said_to_be(base: Path, tmp_path: Path) -> None:
     fine = save(fine_tuned(tiny_llama()), tmp_path / "fine")
     digest = compress(base, fine, tmp_path / "artifact").profile or ""
-    (profile_folder() / file_name(digest)).rename(tmp_path / file_name(digest))
+    beside = (profile_folder() / file_name(digest)).rename(tmp_path / file_name(digest))
     assert merge(base, tmp_path / "artifact", tmp_path / "merged").tensors == 20
+    elsewhere = beside.rename(tmp_path / "mine.safetensors")
+    assert merge(base, tmp_path / "artifact", tmp_path / "again", profile_file=elsewhere).tensors == 20
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

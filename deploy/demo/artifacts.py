@@ -1,4 +1,4 @@
-"""From the fine-tunes that ``train.py`` made to the committed artifacts: ``python deploy/demo/build.py FOLDER``.
+"""From the fine-tunes that ``train.py`` made to the committed artifacts: ``python deploy/demo/artifacts.py FOLDER``.
 
 FOLDER holds one checkpoint a variant. Each is compressed with the method's defaults and measured on held-out examples;
 the report is in the artifact, and with the accuracy of ``sentiment`` in benchmarks/results/demo.jsonl.
@@ -39,7 +39,7 @@ def main() -> None:
     rows = {}
     if RESULTS.exists():
         rows = {row.get("name", "setup"): row for row in map(json.loads, RESULTS.read_text().splitlines())}
-    rows["setup"] = setup_row("python deploy/demo/build.py FOLDER")
+    rows["setup"] = setup_row("python deploy/demo/artifacts.py FOLDER")
     for name in args.variants:
         rows[name] = build(name, args.folder / name)
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
