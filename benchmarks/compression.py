@@ -1,7 +1,7 @@
 """What compression costs on held-out text: ``python benchmarks/compression.py FOLDER``.
 
-FOLDER is as for deploy/demo/artifacts.py. For each demo fine-tune: weighted drop and plain DARE at the same bytes (same p,
-V and codec) and DARE as published (V = 1, bf16), three seeds each; and weighted drop with profiles of other text.
+FOLDER is as for deploy/demo/artifacts.py. For each demo fine-tune: weighted drop and plain DARE at the same bytes (same
+p, V and codec) and DARE as published (V = 1, bf16), three seeds each; and weighted drop with profiles of other text.
 Writes results/compression.jsonl and a plot.
 """
 
