@@ -7,7 +7,7 @@
 
 namespace deltaserve {
 
-// What layer.py turns into exceptions.
+// What operations.py turns into exceptions.
 enum class Error : int32_t { none, segments, slot, input_width, output_width, id, memory, shape };
 
 struct Segments {

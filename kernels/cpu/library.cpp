@@ -215,7 +215,7 @@ Error embedding(const Operations& operations, const Matrix& y, const int64_t* id
     return Error::none;
 }
 
-// Only a delta of one sparse part has a short way; layer.py sees to the others.
+// Only a delta of one sparse part has a short way; operations.py sees to the others.
 Error swap(const Operations& operations, const Matrix& weight, const Delta& delta, void* saved, bool in) {
     if (delta.count != 1 || delta.parts[0].kind != Kind::sparse) return Error::shape;
     if (delta.rows != weight.rows || delta.width != weight.width) return Error::shape;

@@ -9,8 +9,13 @@ namespace {
 struct Bf16 {
     uint16_t bits;
 };
+#if defined(__aarch64__)
+typedef __fp16 Float16; // GCC knows _Float16 in C++ for ARM only from version 13
+#else
+typedef _Float16 Float16;
+#endif
 struct Half {
-    _Float16 value;
+    Float16 value;
 };
 
 inline float to_float(float value) { return value; }
@@ -19,7 +24,7 @@ inline float to_float(Half half) { return float(half.value); }
 
 template <class T> inline T rounded(float value);
 template <> inline float rounded<float>(float value) { return value; }
-template <> inline Half rounded<Half>(float value) { return {_Float16(value)}; }
+template <> inline Half rounded<Half>(float value) { return {Float16(value)}; }
 // to nearest, ties to even; a NaN stays one
 template <> inline Bf16 rounded<Bf16>(float value) {
     uint32_t bits;

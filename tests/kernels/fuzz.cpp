@@ -191,7 +191,7 @@ void round_of(const std::vector<const void*>& sets) {
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
     std::vector<const void*> sets;
-    for (const char* name : {"portable", "avx2", "avx512"})
+    for (const char* name : {"portable", "neon", "avx2", "avx512"})
         if (const void* set = deltaserve_operations(name)) sets.push_back(set);
     for (int round = 0; round < rounds; ++round) {
         rng.seed(uint32_t(round));
