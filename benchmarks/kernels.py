@@ -21,12 +21,13 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear
+
 from deltaserve.kernels import dispatch, reference
 from deltaserve.kernels.codes import BITS, float_codes, pack_bits
 from deltaserve.kernels.parts import Codes, Delta, Sparse
 from deltaserve.kernels.segments import Segments
-from safetensors.torch import load_file, save_file
-from torch.nn.functional import linear
 
 CODECS = ("bf16", "int8", "int4", "int2", "sign")
 SHAPES = ((4096, 4096), (4096, 11008), (1536, 576), (576, 576))
