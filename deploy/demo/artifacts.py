@@ -8,10 +8,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,8 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str | None:
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     generated = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    return next(words(tokenizer.decode(generated)), None)
-
-
-def words(text: str) -> Iterator[str]:
-    for word in text.lower().replace(".", " ").replace(",", " ").split():
-        if word in ("positive", "negative"):
-            yield word
+    named = re.search("positive|negative", tokenizer.decode(generated).lower())
+    return named.group() if named else None
 
 
 def setup_row(command: str) -> dict[str, Any]:
