@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
 from deltaserve.server.api.admission import Answer, admit
+from deltaserve.server.api.bounded import BoundedRoute
 from deltaserve.server.api.choice import Piece
 from deltaserve.server.api.logprobs import chat_logprobs
 from deltaserve.server.api.responses import (
@@ -27,7 +28,7 @@ from deltaserve.server.api.schemas import ChatRequest, Message
 from deltaserve.server.api.served import resolve
 from deltaserve.server.api.streaming import EventStream, answered
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)

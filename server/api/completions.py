@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
 from deltaserve.server.api.admission import Answer, admit
+from deltaserve.server.api.bounded import BoundedRoute
 from deltaserve.server.api.choice import Piece
 from deltaserve.server.api.logprobs import completion_logprobs
 from deltaserve.server.api.responses import (
@@ -24,7 +25,7 @@ from deltaserve.server.api.served import resolve
 from deltaserve.server.api.streaming import EventStream, answered
 from deltaserve.server.api.tokenisers import Tokeniser
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)

@@ -52,7 +52,7 @@ VALIDATION_MESSAGES = {
     "missing": "is required",
     "extra_forbidden": "is not a field that deltaserve knows; leave it out",
 }
-HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large"}
 
 log = logging.getLogger(__name__)
 

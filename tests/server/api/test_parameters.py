@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from scripted_engine import Script, ids
 
+from deltaserve.server.api.bounded import MAX_BODY_BYTES
 from deltaserve.server.api.schemas import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
@@ -161,6 +162,17 @@ def test_a_body_that_is_no_object_is_a_400(service: Any, route: str, body: bytes
         answer = http.post(route, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("route", ASK)
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_a_413(service: Any, route: str, announced: bool) -> None:
+    body = json.dumps(ASK[route] | {"user": "x" * MAX_BODY_BYTES}).encode()
+    pieces = (body[start : start + 2**20] for start in range(0, len(body), 2**20))
+    with service.http() as http:
+        answer = http.post(route, content=body if announced else pieces, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    assert str(MAX_BODY_BYTES) in answer.json()["error"]["message"]
 
 
 def test_the_values_reach_the_engine_as_they_were_sent(service: Any) -> None:
