@@ -71,7 +71,8 @@ def register_variants(url: str) -> None:
 def print_questions(url: str) -> None:
     print("\nReady. Ask the base and its variants, all served from one copy of the base's weights:\n")
     for model, question in QUESTIONS.items():
-        body = f'{{"model": "{model}", "temperature": 0, "messages": [{{"role": "user", "content": "{question}"}}]}}'
+        message = f'{{"role": "user", "content": "{question}"}}'
+        body = f'{{"model": "{model}", "temperature": 0, "max_tokens": 60, "messages": [{message}]}}'
         print(f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n")
     print("Ctrl-C stops the server.", flush=True)
 
