@@ -44,7 +44,8 @@ async def put_profile(digest: str, request: Request) -> ProfileReceipt:
             return ProfileReceipt(digest, profile.base)
 
 
-@router.api_route("/{digest}", methods=["GET", "HEAD"], response_class=FileResponse)
+@router.head("/{digest}", include_in_schema=False)
+@router.get("/{digest}", response_class=FileResponse)
 def get_profile(digest: str, request: Request) -> Response:
     """The profile's file."""
     path = request.app.state.profiles.path(digest)
