@@ -63,12 +63,12 @@ class BlobStore:
         A blob of this digest that is there already stays, unless its bytes were damaged.
         """
         path = self.path(digest)
-        _sync(file)
+        sync(file)
         with ExitStack() as held:
             with self._naming():
                 if not path.exists() or digest_of(path) != digest:
                     file.replace(path)
-                    _sync(self.root)
+                    sync(self.root)
                 held.enter_context(_lock(path, fcntl.LOCK_SH))
             yield path
 
@@ -158,7 +158,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
     return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file's bytes, or a folder's names, on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

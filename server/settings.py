@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     context: PositiveInt | None = Field(
         None, description="Longest prompt and answer, in tokens; the model's if not given"
     )
+    default_max_tokens: PositiveInt | None = Field(
+        None, description="Longest chat answer to a request without max_tokens; what the context leaves if not given"
+    )
     max_running: PositiveInt = Field(32, description="Most requests in one batch")
     max_waiting: PositiveInt = Field(256, description="Most requests that wait; more are told to try again later")
     batch_tokens: PositiveInt = Field(512, description="Most tokens in one step; longer prompts are read in pieces")

@@ -1,7 +1,6 @@
 """The artifact file: one safetensors file that holds a fine-tune's delta (layout: ``docs/artifact.md``)."""
 
 import hashlib
-import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from deltaserve.delta_store.blobs import sync
 from deltaserve.delta_store.codec.columns import ColumnWeights
 from deltaserve.delta_store.codec.manifest import Manifest, parse
 from deltaserve.delta_store.codec.parts import check_length, decode, encode
@@ -260,19 +260,11 @@ def _write(path: Path, tensors: Mapping[str, bytes], manifest: str) -> str:
         save_file(arrays, temporary, {METADATA_KEY: manifest})
         temporary.chmod(0o644)
         digest = open_artifact(temporary).digest
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return digest
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from deltaserve.delta_store.errors import ArtifactError, ContextTooLong, Generat
 from deltaserve.server.api.choice import Choice, NoTokens, Piece, TokenStream
 from deltaserve.server.api.merge import merged
 from deltaserve.server.api.responses import PromptDetails, Usage
-from deltaserve.server.api.schemas import Generation
+from deltaserve.server.api.schemas import ChatRequest, CompletionRequest, Generation
 from deltaserve.server.api.served import Served
 from deltaserve.server.engine.requests import Sampling
 
@@ -60,26 +60,24 @@ async def admit(
     engine: Any,
     served: Served,
     prompts: Sequence[Sequence[int]],
-    body: Generation,
-    limit: int | None,
-    logprobs: int | None,
-    continues: bool,
+    body: ChatRequest | CompletionRequest,
+    default_limit: int | None,
 ) -> Answer:
     """Submit ``body.n`` requests for each prompt: all of them, or none.
 
-    ``limit`` is the most tokens of a choice (None: what the context leaves), ``logprobs`` as in Sampling; ``continues``
-    says that the answer goes on after the prompt's text. Raises RequestRefused, ContextTooLong, QueueFull, EngineDown,
-    GenerationFailed.
+    ``default_limit`` is the most tokens of a choice for a body that does not say (None: what the context leaves).
+    Raises RequestRefused, ContextTooLong, QueueFull, EngineDown, GenerationFailed.
     """
+    limit = default_limit if body.token_limit is None else body.token_limit
+    limits = [room_for(len(ids), engine.context_length, limit, body.prompt_field) for ids in prompts]
     vocabulary = engine.vocab_size if served.version is None else max(engine.vocab_size, served.tokeniser.vocabulary)
     check_ids(body, prompts, vocabulary)
-    limits = [token_limit(len(ids), engine.context_length, limit) for ids in prompts]
     choices: list[Choice] = []
     try:
         for ids, most in zip(prompts, limits, strict=True):
             for index in range(body.n):
-                stream = await submitted(engine, served, ids, sampling(body, most, logprobs, index))
-                choices.append(Choice(stream, served.tokeniser.token_bytes, body.stop, continues))
+                stream = await submitted(engine, served, ids, sampling(body, most, index))
+                choices.append(Choice(stream, served.tokeniser.token_bytes, body.stop, body.continues))
     except BaseException:
         for choice in choices:
             choice.cancel()
@@ -114,24 +112,24 @@ def check_ids(body: Generation, prompts: Sequence[Sequence[int]], vocabulary: in
         )
 
 
-def token_limit(prompt_tokens: int, context: int, limit: int | None) -> int:
+def room_for(prompt_tokens: int, context: int, limit: int | None, field: str) -> int:
     """The most tokens that the answer may have: ``limit``, or what the context leaves if that is less.
 
-    Raises RequestRefused for an empty prompt, ContextTooLong if not a single token would fit.
+    Raises RequestRefused for an empty prompt, ContextTooLong if not a single token would fit; both name ``field``.
     """
     if prompt_tokens == 0:
-        raise RequestRefused("The prompt is empty; send at least one token", "prompt")
+        raise RequestRefused("The prompt is empty; send at least one token", field)
     if prompt_tokens >= context and limit != 0:
         raise ContextTooLong(
             f"The model's context is {context} tokens, prompt and answer together; the prompt alone has "
             f"{prompt_tokens}. Shorten it to at most {context - 1}",
-            "prompt",
+            field,
         )
     room = context - prompt_tokens
     return room if limit is None else min(limit, room)
 
 
-def sampling(body: Generation, most: int, logprobs: int | None, index: int) -> Sampling:
+def sampling(body: ChatRequest | CompletionRequest, most: int, index: int) -> Sampling:
     """How choice number ``index`` of a prompt is drawn."""
     if body.min_tokens > most:
         raise RequestRefused(
@@ -149,7 +147,7 @@ def sampling(body: Generation, most: int, logprobs: int | None, index: int) -> S
         repetition_penalty=body.repetition_penalty,
         seed=derived_seed(body.seed, index),
         logit_bias=dict(body.logit_bias),
-        logprobs=logprobs,
+        logprobs=body.alternatives,
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
     )

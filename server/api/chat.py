@@ -5,12 +5,11 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import State
 
-from deltaserve.server.api.admission import Answer, admit
+from deltaserve.server.api.admission import Answer
 from deltaserve.server.api.bounded import BoundedRoute
 from deltaserve.server.api.choice import Piece
+from deltaserve.server.api.generating import generate
 from deltaserve.server.api.logprobs import chat_logprobs
 from deltaserve.server.api.responses import (
     ERRORS,
@@ -25,8 +24,7 @@ from deltaserve.server.api.responses import (
     head,
 )
 from deltaserve.server.api.schemas import ChatRequest, Message
-from deltaserve.server.api.served import resolve
-from deltaserve.server.api.streaming import EventStream, answered
+from deltaserve.server.api.tokenisers import Tokeniser
 
 router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
 
@@ -34,21 +32,11 @@ router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
-    return await answered(request.receive, _answer(body, request.app.state))
+    return await generate(request, body, _prompts, _whole, _chunks)
 
 
-async def _answer(body: ChatRequest, state: State) -> Response:
-    served = await resolve(state, body.model)
-    with served.held as holding:
-        turns = [as_turn(message) for message in body.messages]
-        prompt = await run_in_threadpool(served.tokeniser.conversation, turns)
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        answer = await admit(state.engine, served, [prompt], body, body.token_limit, logprobs, continues=False)
-        holding.callback(answer.cancel)
-        if not body.stream:
-            return await _whole(body, answer)
-        release = holding.pop_all().close
-    return await EventStream.started(_chunks(body, answer), release, served.headers)
+def _prompts(body: ChatRequest, tokeniser: Tokeniser) -> list[list[int]]:
+    return [tokeniser.conversation([as_turn(message) for message in body.messages])]
 
 
 def as_turn(message: Message) -> dict[str, str]:
@@ -57,13 +45,10 @@ def as_turn(message: Message) -> dict[str, str]:
     return turn if message.name is None else turn | {"name": message.name}
 
 
-async def _whole(body: ChatRequest, answer: Answer) -> Response:
-    served = answer.served
+async def _whole(body: ChatRequest, answer: Answer) -> ChatCompletion:
     choices = [_choice(body, answer, index, pieces) for index, pieces in enumerate(await answer.by_choice())]
-    whole = ChatCompletion(
-        **head("chat.completion", "chatcmpl", served.name, served.digest), choices=choices, usage=answer.usage()
-    )
-    return Response(whole.model_dump_json(), media_type="application/json", headers=served.headers)
+    first = head("chat.completion", "chatcmpl", answer.served.name, answer.served.digest)
+    return ChatCompletion(**first, choices=choices, usage=answer.usage())
 
 
 def _choice(body: ChatRequest, answer: Answer, index: int, pieces: list[Piece]) -> ChatChoice:

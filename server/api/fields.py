@@ -1,6 +1,5 @@
 """Kinds of request fields: numbers with a range, fields that are not there yet, stop strings, biases, prompts."""
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -45,7 +44,8 @@ class Between:
         kinds = (int,) if source is int else (int, float)
 
         def check(value: Any) -> Any:
-            fits = type(value) in kinds and math.isfinite(value) and self.low <= value <= self.high
+            # No float function here: an int of 400 digits is valid JSON and overflows them. NaN is in no range.
+            fits = type(value) in kinds and self.low <= value <= self.high
             if not fits or (self.above and value == self.low):
                 raise PydanticCustomError("out_of_range", f"must be {self.range(source)}; got {shown(value)}")
             return source(value)

@@ -1,8 +1,9 @@
 """What a client may send to the OpenAI routes."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.server.api.fields import MAX_CHOICES, Between, Biases, Body, Prompts, Stops, only
@@ -42,6 +43,11 @@ class Generation(Body):
     ignore_eos: bool = False
 
     @property
+    def token_limit(self) -> int | None:
+        """The most tokens that an answer may have; None if the client does not say."""
+        return self.max_tokens
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -71,7 +77,7 @@ class Message(Body):
     """One turn of a conversation. An answer's message can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
+    content: Annotated[Content | None, Field(validate_default=True)] = None
     name: str | None = None
     refusal: Annotated[Any, only("")] = None
     tool_calls: Annotated[Any, only([])] = None
@@ -84,15 +90,20 @@ class Message(Body):
         """The parts of the content, one after the other."""
         return "".join(part.text for part in self.content or [])
 
-    @model_validator(mode="after")
-    def _only_the_assistant_may_be_silent(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise RequestRefused(f"A message of role {self.role!r} needs a 'content'", "messages")
-        return self
+    @field_validator("content")
+    @classmethod
+    def _only_the_assistant_may_be_silent(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role") != "assistant":
+            raise PydanticCustomError("missing", "is required")
+        return content
 
 
 class ChatRequest(Generation):
     """The body of ``POST /v1/chat/completions``."""
+
+    prompt_field: ClassVar[str] = "messages"
+    continues: ClassVar[bool] = False
+    """Whether an answer goes on after the prompt's text."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Between(0, ANY_COUNT)] | None = None
@@ -120,8 +131,13 @@ class ChatRequest(Generation):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens that an answer may have; None: as many as the context holds."""
+        """The most tokens that an answer may have, under either name; None if the client does not say."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens to name beside each one; None: no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -142,6 +158,9 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """The body of ``POST /v1/completions``."""
 
+    prompt_field: ClassVar[str] = "prompt"
+    continues: ClassVar[bool] = True
+
     prompt: Prompts
     max_tokens: Annotated[int, Between(0, ANY_COUNT)] = 16
     logprobs: Annotated[int, Between(0, 5)] | None = None
@@ -151,9 +170,9 @@ class CompletionRequest(Generation):
     suffix: Annotated[Any, only("")] = None
 
     @property
-    def token_limit(self) -> int:
-        """The most tokens that an answer may have."""
-        return self.max_tokens
+    def alternatives(self) -> int | None:
+        """As in ChatRequest."""
+        return self.logprobs
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 from deltaserve.server.api.errors import described
 
 SLOW_READER_SECONDS = 30.0
-CLIENT_LEFT = 499
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -34,11 +33,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T |
         working.cancel()
         leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def answered(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response that ``work`` makes, or one that nobody will read if the client left before."""
-    return await while_connected(receive, work) or Response(status_code=CLIENT_LEFT)
 
 
 async def _left(receive: Receive) -> None:

@@ -33,6 +33,7 @@ def test_e_length_limits_no_room(service: Any, route: str, prompt_tokens: int, l
     assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
     assert "64 tokens" in body["error"]["message"]
     assert f"has {prompt_tokens}." in body["error"]["message"]
+    assert body["error"]["param"] == ("messages" if route == CHAT else "prompt")
     assert service.engine.submitted == []
 
 
@@ -80,6 +81,26 @@ def test_e_length_limits(service: Any, route: str, prompt_tokens: int, limit: An
 def test_e_length_limits_refused(service: Any, route: str, limit: dict[str, int], param: str) -> None:
     status, body = asked(service, route, 40, **limit)
     assert (status, body["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("route", "prompt_tokens", "limit", "completion_tokens"),
+    [
+        (CHAT, 30, {}, 20),
+        (CHAT, 30, {"max_tokens": None}, 20),
+        (CHAT, 60, {}, 4),
+        (CHAT, 30, {"max_tokens": 25}, 25),
+        (CHAT, 30, {"max_completion_tokens": 1}, 1),
+        (COMPLETIONS, 30, {}, 16),
+    ],
+)
+def test_a_default_limit_holds_for_chat_requests_without_their_own(
+    service: Any, route: str, prompt_tokens: int, limit: Any, completion_tokens: int
+) -> None:
+    state = service.app.state
+    state.settings = state.settings.model_copy(update={"default_max_tokens": 20})
+    status, body = asked(service, route, prompt_tokens, **limit)
+    assert (status, body["usage"]["completion_tokens"]) == (200, completion_tokens)
 
 
 @pytest.mark.parametrize("prompt", ["", [""], [], [[]]])
