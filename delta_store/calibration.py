@@ -1,7 +1,7 @@
 """Run text through the base once and write down how strongly each input of each linear layer is driven."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def profile_for(
 
 
 def _cached(base: Checkpoint, fingerprint: str, text: Path | None, progress: Count) -> Profile:
-    samples = _samples(base, text)
+    samples = calibration_samples(base, text, CALIBRATION_TOKENS, base.folder)
     kept = profile_folder() / "profiles" / _hash(fingerprint, samples)
     if kept.is_file() and (profile_folder() / file_name(kept.read_text())).is_file():
         return find_profile(kept.read_text(), profile_folder())
@@ -67,20 +67,24 @@ def built_in_text() -> str:
     return "\n\n".join(topics[name][:TOPIC_CHARACTERS] for name in sorted(topics))
 
 
-def _samples(base: Checkpoint, text: Path | None) -> list[Sample]:
-    tokenizer = tokenizer_of(base.folder)
+def calibration_samples(base: Checkpoint, text: Path | None, limit: int, *folders: Path) -> list[Sample]:
+    """At most ``limit`` scored tokens of ``text``, or of prose that every Python has, by the first tokenizer found.
+
+    Raises OptionError for a text that cannot be used.
+    """
+    tokenizer = tokenizer_of(*folders)
     if tokenizer is None and text is not None:
         raise OptionError(f"The base {base.folder.name} has no tokenizer, so it cannot read {text}; leave the text out")
     if tokenizer is None:
-        return _random_samples(base.shape(base.architecture.embedding)[0])
+        return _random_samples(base.shape(base.architecture.embedding)[0], limit)
     if text is None:
-        return windows(built_in_text(), tokenizer, CALIBRATION_TOKENS)
-    return read_samples(text, tokenizer, CALIBRATION_TOKENS)
+        return windows(built_in_text(), tokenizer, limit)
+    return read_samples(text, tokenizer, limit)
 
 
-def _random_samples(vocabulary: int) -> list[Sample]:
+def _random_samples(vocabulary: int, limit: int) -> list[Sample]:
     """Fixed random ids, for a base without a tokenizer: measured, they serve nearly as well as text."""
-    shape = (CALIBRATION_TOKENS // WINDOW_TOKENS, WINDOW_TOKENS)
+    shape = (limit // WINDOW_TOKENS, WINDOW_TOKENS)
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     return [Sample(tuple(row)) for row in ids.tolist()]
 
@@ -99,8 +103,8 @@ def measure_inputs(
     """
     body = model.base_model
     names = {module: name for name, module in model.named_modules()}
-    linears = {names[module] for module in body.modules() if is_linear(module)}
-    leader_of = _shared_inputs(body, names, linears, samples[0])
+    linears = {module: names[module] for module in body.modules() if is_linear(module)}
+    leader_of = _shared_inputs(body, linears, samples[0])
     squares: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
@@ -110,12 +114,12 @@ def measure_inputs(
             squares[name] = squares.get(name, 0) + flat.square().sum(0).double()
             rows[name] = rows.get(name, 0) + len(flat)
 
-    with _watching(body, names, linears, add):
+    with watching(linears, add):
         for done, sample in enumerate(samples):
             progress(done, len(samples))
             body(input_ids=torch.tensor([sample.ids], device=model.device), use_cache=False)
     rms = {name: (total / rows[name]).sqrt().cpu() for name, total in squares.items()}
-    reached = {name: leader_of.get(name, name) for name in linears}
+    reached = {name: leader_of.get(name, name) for name in linears.values()}
     return rms, {f"{name}.weight": leader for name, leader in reached.items() if leader in rms}
 
 
@@ -126,7 +130,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _shared_inputs(body: Any, names: dict[nn.Module, str], linears: set[str], sample: Sample) -> dict[str, str]:
+def _shared_inputs(body: Any, linears: Mapping[nn.Module, str], sample: Sample) -> dict[str, str]:
     """For each layer the first layer that is given the very same tensor: q for q, k and v."""
     seen: list[tuple[str, Tensor]] = []  # keeps the tensors, so that identity cannot be mistaken
     leader_of: dict[str, str] = {}
@@ -135,21 +139,19 @@ def _shared_inputs(body: Any, names: dict[nn.Module, str], linears: set[str], sa
         leader_of[name] = next((first for first, tensor in seen if tensor is inputs), name)
         seen.append((leader_of[name], inputs))
 
-    with _watching(body, names, linears, look):
+    with watching(linears, look):
         body(input_ids=torch.tensor([sample.ids[:FIRST_LOOK_TOKENS]], device=body.device), use_cache=False)
     return leader_of
 
 
 @contextmanager
-def _watching(
-    body: nn.Module, names: dict[nn.Module, str], linears: set[str], call: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+def watching(layers: Mapping[nn.Module, str], call: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Have ``call(layer name, input)`` made before each of the layers runs."""
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        call(names[module], arguments[0])
+        call(layers[module], arguments[0])
 
-    handles = [module.register_forward_pre_hook(hook) for module, name in names.items() if name in linears]
+    handles = [module.register_forward_pre_hook(hook) for module in layers]
     try:
         yield
     finally:

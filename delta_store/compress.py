@@ -2,11 +2,11 @@
 
 Peak memory is about four times the largest tensor in float32 (base, fine-tune, their difference, and what a method
 needs of it) and twice the encoded output; never a whole model. Two things that are only done when they are needed do
-hold models: computing a base's profile for the first time (one model), and ``evaluate`` (two).
+hold models: computing a base's profile for the first time (one model), searching q and ``evaluate`` (two).
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from deltaserve.delta_store.calibration import profile_for
+from deltaserve.delta_store.architecture import Architecture
+from deltaserve.delta_store.calibration import calibration_samples, profile_for
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
 from deltaserve.delta_store.codec.specs import SparseSpec, Spec
@@ -25,9 +26,11 @@ from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.lora import is_adapter
 from deltaserve.delta_store.plain_model import embedding_names
 from deltaserve.delta_store.profile import Profile
-from deltaserve.delta_store.pruning.methods import METHODS, Method, encode_change
+from deltaserve.delta_store.pruning.darex import SEARCH_TOKENS, divided, search
+from deltaserve.delta_store.pruning.methods import METHODS, Method
 from deltaserve.delta_store.pruning.methods import method as method_named
 from deltaserve.delta_store.pruning.options import Options, Value
+from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.delta_store.quality import EVALUATION_TOKENS, Quality, measure
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
 from deltaserve.delta_store.variant_files import differing_files
@@ -39,12 +42,16 @@ Progress = Callable[[str, int, int], None]
 Count = Callable[[int, int], None]
 """The same within one stage."""
 
+Parts = list[tuple[str, Spec, Part | XorPayload]]
+"""By parameter name, what stands for its delta."""
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What was written. ``full_bytes`` is the whole fine-tune in 16 bits; ``profile`` the digest that serving needs.
 
-    ``tensors_changed`` of ``tensors_total`` differ from the base's. ``warnings`` are for the user's eyes.
+    ``tensors_changed`` of ``tensors_total`` differ from the base's. ``q`` are the least and the largest number that a
+    search found to divide survivors by. ``warnings`` are for the user's eyes.
     """
 
     path: str
@@ -55,6 +62,7 @@ class Receipt:
     tensors_changed: int
     tensors_total: int
     profile: str | None
+    q: tuple[float, float] | None
     warnings: tuple[str, ...]
     quality: Quality | None
 
@@ -79,31 +87,32 @@ def compress(
     """Write the artifact of ``fine_tuned`` (a checkpoint or a LoRA adapter) against ``base`` to ``out``.
 
     ``method`` is a key of ``METHODS``, by default ``weighted``, for an adapter ``lora``; ``options`` are those that it
-    takes. ``calibration`` is text for the base's profile, where the method needs one; ``profile`` is a file to take it
-    from, or to write it to. ``evaluate`` is text to measure on; its report goes into the artifact. The same input,
-    options and seed give the same file. Raises OptionError and what opening the checkpoints raises; then nothing is
-    written.
+    takes. ``calibration`` is text for the base's profile or for the search of q, where the method needs one;
+    ``profile`` is a file to take the profile from, or to write it to. ``evaluate`` is text to measure on; its report
+    goes into the artifact. The same input, options and seed give the same file. Raises OptionError and what opening
+    the checkpoints raises; then nothing is written.
     """
     chosen = _chosen(method, fine_tuned)
     settings = chosen.options(options or {})
     _check_output(out)
-    if (calibration or profile) and not chosen.needs_profile:
-        raise OptionError(f"The method {chosen.name} uses no activation profile; leave calibration and profile out")
+    _check_text(chosen, settings, calibration, profile)
     base_checkpoint = open_checkpoint(base)
     fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
     _check_fits(chosen, fine_tune)
-    samples = None if evaluate is None else _evaluation_samples(evaluate, base_checkpoint, fine_tune)
+    held_out = None if evaluate is None else _evaluation_samples(evaluate, base_checkpoint, fine_tune)
+    searched = _search_samples(settings, calibration, base_checkpoint, fine_tune) if chosen.searches_q else []
     progress("Fingerprint", 0, 1)
     base_fingerprint = fingerprint(base_checkpoint)
     weights = None
     if chosen.needs_profile:
         stage = _stage(progress, "Profile of the base")
         weights = profile_for(base_checkpoint, base_fingerprint, calibration, profile, stage)
-    parts = list(_encode(chosen, settings, base_checkpoint, fine_tune, weights, _stage(progress, "Compress")))
+    facts = _facts(base_checkpoint.architecture, weights)
+    parts = list(_encode(chosen, settings, base_checkpoint, fine_tune, facts, _stage(progress, "Compress")))
     needed = weights if _is_weighted(parts) else None
     warnings = () if parts else (f"{fine_tune.folder.name} equals the base, so the artifact holds no delta",)
 
-    def write(path: Path, quality: Quality | None) -> str:
+    def write(path: Path, parts: Parts, quality: Quality | None) -> str:
         return write_artifact(
             path,
             base=base_fingerprint,
@@ -115,13 +124,19 @@ def compress(
             files=differing_files(base_checkpoint.folder, fine_tune.folder),
         )
 
-    quality = None
-    if samples is not None:
+    if chosen.searches_q:
         with _draft(out) as draft:
-            write(draft, None)
+            write(draft, parts, None)
+            stage = _stage(progress, "Search q")
+            found = search(base_checkpoint, fine_tune, open_artifact(draft), searched, settings, stage)
+        parts = divided(parts, found)
+    quality = None
+    if held_out is not None:
+        with _draft(out) as draft:
+            write(draft, parts, None)
             stage = _stage(progress, "Evaluate")
-            quality = measure(base_checkpoint, fine_tune, open_artifact(draft), needed, samples, stage)
-    digest = write(out, quality)
+            quality = measure(base_checkpoint, fine_tune, open_artifact(draft), needed, held_out, stage)
+    digest = write(out, parts, quality)
     return Receipt(
         path=str(out),
         digest=digest,
@@ -131,6 +146,7 @@ def compress(
         tensors_changed=len({name for name, _, _ in parts}),
         tensors_total=fine_tune.tensor_count,
         profile=needed.digest if needed else None,
+        q=_divisors(parts) if chosen.searches_q else None,
         warnings=warnings,
         quality=quality,
     )
@@ -145,6 +161,15 @@ def _check_output(out: Path) -> None:
         raise OptionError(f"{out} is a folder; name the artifact's file")
     if not out.absolute().parent.is_dir():
         raise OptionError(f"The folder {out.absolute().parent} does not exist; make it first")
+
+
+def _check_text(chosen: Method, settings: Options, calibration: Path | None, profile: Path | None) -> None:
+    if profile and not chosen.needs_profile:
+        raise OptionError(f"The method {chosen.name} uses no activation profile; leave profile out")
+    if calibration and not (chosen.needs_profile or chosen.searches_q):
+        raise OptionError(f"The method {chosen.name} runs no text (no activation profile, no search); leave it out")
+    if chosen.searches_q and settings.judge == "labels" and calibration is None:
+        raise OptionError("To judge by labels, text with answers is needed; give calibration, or judge by output")
 
 
 def _check_fits(chosen: Method, fine_tune: FineTune) -> None:
@@ -164,14 +189,26 @@ def _evaluation_samples(path: Path, base: Checkpoint, fine_tune: FineTune) -> li
     return read_samples(path, tokenizer, EVALUATION_TOKENS)
 
 
+def _search_samples(settings: Options, text: Path | None, base: Checkpoint, fine_tune: FineTune) -> list[Sample]:
+    if settings.judge == "labels" and base.architecture.head is None:
+        raise OptionError(f"{base.architecture.name} predicts no tokens, so labels cannot judge it; judge by output")
+    return calibration_samples(base, text, SEARCH_TOKENS, fine_tune.folder, base.folder)
+
+
+def _facts(architecture: Architecture, profile: Profile | None) -> BaseFacts:
+    config = architecture.config.get_text_config(decoder=True)
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    whole_heads = width // heads if heads and width else None
+    return BaseFacts(profile, embedding_names(architecture), getattr(config, "head_dim", None) or whole_heads)
+
+
 def _encode(
-    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, profile: Profile | None, progress: Count
+    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, facts: BaseFacts, progress: Count
 ) -> Iterator[tuple[str, Spec, Part | XorPayload]]:
-    embeddings = embedding_names(base.architecture)
     for done, change in enumerate(fine_tune.changes()):
         progress(done, fine_tune.tensor_count)
         _check_shape(change.name, base.shape(base.held_as(change.name)))
-        for spec, part in encode_change(chosen, change, settings, profile, embeddings):
+        for spec, part in chosen.function(change, settings, facts):
             yield change.name, spec, part
 
 
@@ -183,8 +220,13 @@ def _check_shape(name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _is_weighted(parts: Sequence[tuple[str, Spec, Part | XorPayload]]) -> bool:
+def _is_weighted(parts: Parts) -> bool:
     return any(isinstance(spec, SparseSpec) and spec.mask == "weighted" for _, spec, _ in parts)
+
+
+def _divisors(parts: Parts) -> tuple[float, float] | None:
+    found = [spec.divisor for _, spec, _ in parts if isinstance(spec, SparseSpec)]
+    return (min(found), max(found)) if found else None
 
 
 def _provenance(

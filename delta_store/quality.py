@@ -48,17 +48,11 @@ def measure(
 ) -> Quality:
     """Run base, full fine-tune and artifact over the samples. Takes the memory of two models in float32."""
     loss_base = _base_loss(base, samples)
-    full = _model(base, fine_tune.tensors(), fine_tune.vocabulary, fine_tune.tied)
-    merged = _model(
-        base,
-        variant_tensors(base, artifact, profile, torch.float32),
-        variant_vocabulary(base, artifact),
-        artifact.manifest.tied_head,
-    )
+    full, merged = full_model(base, fine_tune), merged_model(base, artifact, profile)
     rows = []
     for done, sample in enumerate(samples):
         progress(done, len(samples))
-        rows.append(_compare(_log_probabilities(full, sample), _log_probabilities(merged, sample), _targets(sample)))
+        rows.append(_compare(outputs(full, sample), outputs(merged, sample), _targets(sample)))
     divergence, agreement, loss_fine_tuned, loss_artifact = torch.cat(rows, 1).double()
     return Quality(
         tokens=len(divergence),
@@ -71,12 +65,57 @@ def measure(
     )
 
 
+def full_model(base: Checkpoint, fine_tune: FineTune) -> Any:
+    """The fine-tune itself, in float32."""
+    return _model(base, fine_tune.tensors(), fine_tune.vocabulary, fine_tune.tied)
+
+
+def merged_model(base: Checkpoint, artifact: Artifact, profile: Profile | None) -> Any:
+    """The base with the artifact's delta in its weights, in float32."""
+    tensors = variant_tensors(base, artifact, profile, torch.float32)
+    return _model(base, tensors, variant_vocabulary(base, artifact), artifact.manifest.tied_head)
+
+
+def outputs(model: Any, sample: Sample) -> Tensor:
+    """float32 ``[tokens, vocabulary]``: log-probabilities of what may stand at each scored token.
+
+    Of a model that predicts no tokens, an encoder: its last hidden state at each of them, ``[tokens, width]``.
+    """
+    ids = torch.tensor([sample.ids])
+    if model.get_output_embeddings() is None:
+        hidden: Tensor = model.base_model(input_ids=ids)[0][0, sample.start :]
+        return hidden.float()
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, sample.start - 1 : -1]
+    return logits.float().log_softmax(-1)
+
+
+def output_change(model: Any, samples: Sequence[Sample], wanted: Sequence[Tensor]) -> float:
+    """How far the model is from the ``outputs`` that another gave: the mean KL divergence, in nats.
+
+    Of hidden states: the sum of squared differences over the sum of squares.
+    """
+    if model.get_output_embeddings() is None:
+        changes = [(outputs(model, s) - w).square().sum() for s, w in zip(samples, wanted, strict=True)]
+        return (torch.stack(changes).sum() / torch.stack([w.square().sum() for w in wanted]).sum()).item()
+    divergences = [_divergence(w, outputs(model, s)) for s, w in zip(samples, wanted, strict=True)]
+    return torch.cat(divergences).double().mean().item()
+
+
+def loss(model: Any, samples: Sequence[Sample]) -> float:
+    """Mean cross-entropy of the scored tokens, in nats."""
+    losses = [-outputs(model, sample).gather(1, _targets(sample)[:, None])[:, 0] for sample in samples]
+    return torch.cat(losses).double().mean().item()
+
+
 def _compare(wanted: Tensor, given: Tensor, targets: Tensor) -> Tensor:
     """float32 ``[4, tokens]``: divergence, agreement, both losses, from log-probabilities ``[tokens, vocabulary]``."""
-    divergence = (wanted.exp() * (wanted - given)).sum(1)
     agreement = wanted.argmax(1) == given.argmax(1)
     losses = [-scores.gather(1, targets[:, None])[:, 0] for scores in (wanted, given)]
-    return torch.stack([divergence, agreement.float(), *losses])
+    return torch.stack([_divergence(wanted, given), agreement.float(), *losses])
+
+
+def _divergence(wanted: Tensor, given: Tensor) -> Tensor:
+    return (wanted.exp() * (wanted - given)).sum(1)
 
 
 def _base_loss(base: Checkpoint, samples: Sequence[Sample]) -> float | None:
@@ -84,20 +123,12 @@ def _base_loss(base: Checkpoint, samples: Sequence[Sample]) -> float | None:
     if any(token >= vocabulary for sample in samples for token in sample.ids):
         return None
     model = _model(base, ((name, base.read(name)) for name in base.names), vocabulary, base.tied)
-    losses = [-_log_probabilities(model, s).gather(1, _targets(s)[:, None])[:, 0] for s in samples]
-    return torch.cat(losses).double().mean().item()
+    return loss(model, samples)
 
 
 def _model(base: Checkpoint, tensors: Any, vocabulary: int, tied: bool) -> Any:
     config = variant_config(base.architecture, vocabulary, tied, torch.float32)
     return plain_model(base.architecture, config, tensors, torch.float32)
-
-
-def _log_probabilities(model: Any, sample: Sample) -> Tensor:
-    """float32 ``[tokens, vocabulary]`` for each scored token of the sample."""
-    logits = model(input_ids=torch.tensor([sample.ids]), use_cache=False).logits[0, sample.start - 1 : -1]
-    result: Tensor = logits.float().log_softmax(-1)
-    return result
 
 
 def _targets(sample: Sample) -> Tensor:

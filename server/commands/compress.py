@@ -23,17 +23,28 @@ def command(
     fine_tuned: Annotated[str, typer.Argument(help="Its fine-tune: a checkpoint, or the folder of a LoRA adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write the artifact to.")],
     method: Annotated[
-        str | None, typer.Option(help="weighted (default), dare, lora (default for adapters) or lossless.")
+        str | None,
+        typer.Option(
+            help="weighted (default), lora (default for adapters), dare, darex, magnitude, wanda, structural, "
+            "low-rank, dense, low-rank-residual, dense-residual or lossless."
+        ),
     ] = None,
     drop: Annotated[float | None, typer.Option(help="p, the fraction pruned: 0.98 keeps 2 %.")] = None,
     block: Annotated[
         int | None, typer.Option(help=f"V, rows that share their kept columns: {', '.join(map(str, BLOCKS))}.")
     ] = None,
     codec: Annotated[str | None, typer.Option(help=f"How survivors are stored: {', '.join(CODECS)}.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draws the kept columns.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws what is kept at random.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the embedding's and the output head's delta.")] = None,
+    linear_rank: Annotated[int | None, typer.Option(help="low-rank: rank of each linear weight's delta.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="darex: what q is searched by: output (its change), or labels (their loss).")
+    ] = None,
+    per: Annotated[str | None, typer.Option(help="darex: one q for the model, or one for each layer.")] = None,
+    unit: Annotated[str | None, typer.Option(help="structural: rows, columns or heads.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text for the base's activation profile: plain, or .jsonl conversations.")
+        Path | None,
+        typer.Option(help="Text for the base's activation profile, or for darex: plain, or .jsonl conversations."),
     ] = None,
     profile: Annotated[
         Path | None,
@@ -46,14 +57,24 @@ def command(
 ) -> None:
     """Compress a fine-tune into one small file: its delta from the base, pruned and quantised.
 
-    Options that are left out are the method's own defaults. A conversation is a line of JSON with "prompt" and
-    "answer", or with "messages".
+    Each method takes some of the options and refuses the others; those left out are its own defaults. A conversation
+    is a line of JSON with "prompt" and "answer", or with "messages".
 
     Example: `deltaserve compress ./base ./reviews -o reviews.safetensors --drop 0.95 --evaluate held-out.jsonl`
     """
     from deltaserve.delta_store.compress import compress
 
-    choices = {"drop": drop, "block": block, "codec": codec, "seed": seed, "rank": rank}
+    choices = {
+        "drop": drop,
+        "block": block,
+        "codec": codec,
+        "seed": seed,
+        "rank": rank,
+        "linear_rank": linear_rank,
+        "judge": judge,
+        "per": per,
+        "unit": unit,
+    }
     with stages() as progress:
         receipt = compress(
             base,
@@ -83,6 +104,8 @@ def _lines(receipt: "Receipt") -> Iterator[tuple[str, str]]:
     yield "ratio", f"1/{receipt.ratio:.1f} of the 16-bit checkpoint ({decimal(receipt.full_bytes)})"
     if receipt.profile is not None:
         yield "profile", receipt.profile
+    if receipt.q is not None:
+        yield "q", " to ".join(f"{q:.5g}" for q in sorted(set(receipt.q)))
     if (quality := receipt.quality) is not None:
         base = "-" if quality.loss_base is None else f"{quality.loss_base:.4f}"
         yield "KL", f"{quality.kl_mean:.5f} mean, {quality.kl_p99:.4f} at the 99th percentile"

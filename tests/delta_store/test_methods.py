@@ -12,14 +12,15 @@ from deltaserve.delta_store.delta import TensorDelta
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import Change
 from deltaserve.delta_store.profile import Profile, encode
-from deltaserve.delta_store.pruning.methods import METHODS, encode_change, method
+from deltaserve.delta_store.pruning.methods import METHODS, method
 from deltaserve.delta_store.pruning.options import BLOCKS, CODECS, Value
+from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.delta_store.pruning.whole import Encoded
 from deltaserve.kernels.parts import Delta, Part
 from deltaserve.kernels.reference import unpack
 
 NAME = "layer.weight"
-PRUNING = [row.name for row in METHODS.values() if row.prunes]
+PRUNING = ["weighted", "dare", "darex"]
 
 
 def tensor_delta(
@@ -41,7 +42,7 @@ def encoded(name: str, delta: TensorDelta, embeddings: Sequence[str] = (), **giv
     row = method(name)
     width = delta.raw[0].shape[0 if delta.transposed else -1]
     change = Change(NAME, delta.transposed, lambda: delta)
-    return list(encode_change(row, change, row.options(given), profile(width), embeddings))
+    return list(row.function(change, row.options(given), BaseFacts(profile(width), frozenset(embeddings))))
 
 
 def decoded(parts: list[Encoded]) -> Tensor:
@@ -119,7 +120,7 @@ def test_heavier_columns_are_kept_more_often() -> None:
 def test_a_weight_that_the_profile_lacks_is_dropped_uniformly() -> None:
     row = method("weighted")
     change = Change("other.weight", False, lambda: tensor_delta(32, 64))
-    ((spec, _),) = encode_change(row, change, row.options({}), profile(64), ())
+    ((spec, _),) = row.function(change, row.options({}), BaseFacts(profile(64)))
     assert isinstance(spec, SparseSpec)
     assert spec.mask == "uniform"
 
@@ -172,7 +173,9 @@ def test_lora_keeps_an_adapters_factors_exactly() -> None:
     delta = tensor_delta(48, 32)
     for factors, codec in (((a, b), "float32"), ((a.bfloat16().float(), b.bfloat16().float()), "bf16")):
         change = Change(NAME, False, lambda: delta, factors)
-        ((spec, part),) = encode_change(method("lora"), change, method("lora").options({}), None, [NAME])
+        ((spec, part),) = method("lora").function(
+            change, method("lora").options({}), BaseFacts(None, frozenset([NAME]))
+        )
         assert isinstance(spec, LowRankSpec)
         assert (spec.codec, spec.rank) == (codec, 4)
         torch.testing.assert_close(decoded([(spec, part)]), factors[1] @ factors[0])
@@ -192,7 +195,11 @@ def test_lossless_is_one_xor_part() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("magnitude", {}, "known are: weighted, dare, lora, lossless"),
+        (
+            "best",
+            {},
+            "known are: weighted, dare, darex, magnitude, wanda, structural, low-rank, low-rank-residual, dense",
+        ),
         ("lossless", {"drop": 0.5}, "takes: no options"),
         ("dare", {"divisor": 2}, "no option divisor; it takes: drop, block, codec, seed, rank"),
         ("dare", {"drop": 1.0}, "below 1"),

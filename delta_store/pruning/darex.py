@@ -1,0 +1,163 @@
+"""The q of DAREx-q: by what survivors are divided, searched with the pruned model itself.
+
+Dividing by 1 - p is unbiased, but the noise of a large delta may cost more than a bias would; dividing by a larger q
+shrinks both. For a layer whose output is a sum of terms c (a delta times its input, S = sum c, Q = sum c**2), the
+squared error of that layer's output is least at ``q = (1 - p) + p * rho``, ``rho = sum Q / sum S**2``. Errors add up
+over layers, so this is only where the search starts: it tries ``q = (1 - p) + eta * p * rho`` for one number eta of the
+whole model, and the model's predictions judge. rho is the whole model's (one q) or each layer's (a q for each).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaserve.delta_store.calibration import watching
+from deltaserve.delta_store.checkpoint import Checkpoint
+from deltaserve.delta_store.codec.artifact import Artifact
+from deltaserve.delta_store.codec.specs import SparseSpec, Spec
+from deltaserve.delta_store.codec.xor import XorPayload
+from deltaserve.delta_store.fine_tune import FineTune
+from deltaserve.delta_store.pruning.options import Options
+from deltaserve.delta_store.quality import full_model, loss, merged_model, output_change, outputs
+from deltaserve.delta_store.text import Sample
+from deltaserve.kernels.parts import Delta, Part, Sparse
+from deltaserve.kernels.reference import unpack
+
+SEARCH_TOKENS = 1024
+COARSE, FINE = 2.0, (2**0.5, 2**0.25)
+PATIENCE = 2
+EXPECTED_TRIALS = 12
+
+Score = Callable[[float], float]
+
+Shares = dict[str, tuple[float, float]]
+"""By weight (sum Q, sum S**2)."""
+
+
+@torch.inference_mode()
+def search(
+    base: Checkpoint,
+    fine_tune: FineTune,
+    artifact: Artifact,
+    samples: Sequence[Sample],
+    options: Options,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """For each pruned weight of ``artifact`` (made with q = 1 - p) the best q as a multiple of 1 - p: 1 or more.
+
+    Judged on ``samples``: by the loss of their scored tokens (``labels``), or by how far outputs are from the full
+    fine-tune's (``output``). Takes the memory of two models in float32, and of the outputs.
+    """
+    names = [name for name in artifact.names if isinstance(artifact.specs(name)[0], SparseSpec)]
+    full = full_model(base, fine_tune)
+    rho = _noise_shares(full, base, names, samples[0])
+    judge = _judge(full, samples, options)
+    del full
+    pruned = _Pruned.of(merged_model(base, artifact, None), artifact, names)
+    trials = 0
+
+    def score(eta: float) -> float:
+        nonlocal trials
+        progress(min(trials, EXPECTED_TRIALS - 1), EXPECTED_TRIALS)
+        trials += 1
+        pruned.divide(multiples(rho, eta, options))
+        return judge(pruned.model)
+
+    return multiples(rho, minimise(score), options)
+
+
+def multiples(rho: Shares, eta: float, options: Options) -> dict[str, float]:
+    """q / (1 - p) by weight, from (sum Q, sum S**2) by weight; q is at most 1."""
+    kept = 1 - options.drop
+    noise, signal = (sum(column) for column in zip(*rho.values(), strict=True)) if rho else (0.0, 0.0)
+    shares = {name: (q, s) if options.per == "layer" else (noise, signal) for name, (q, s) in rho.items()}
+    return {name: min(1 / kept, 1 + eta * options.drop / kept * (q / s if s else 0)) for name, (q, s) in shares.items()}
+
+
+def minimise(score: Score) -> float:
+    """The number of 0 or more with about the least ``score``: from 1 by factors of two up and down, then finer."""
+    scores = {eta: score(eta) for eta in (0.0, 1.0)}
+
+    def improves(eta: float) -> bool:
+        best = min(scores.values())
+        scores[eta] = score(eta)
+        return scores[eta] < best
+
+    for factor in (COARSE, 1 / COARSE):
+        eta, misses = 1.0, 0
+        while misses < PATIENCE:
+            eta *= factor
+            misses = 0 if improves(eta) else misses + 1
+    for factor in FINE:
+        best = min(scores, key=scores.__getitem__)
+        if best > 0:
+            improves(best * factor)
+            improves(best / factor)
+    return min(scores, key=scores.__getitem__)
+
+
+def _judge(full: Any, samples: Sequence[Sample], options: Options) -> Callable[[Any], float]:
+    if options.judge == "labels":
+        return partial(loss, samples=samples)
+    return partial(output_change, samples=samples, wanted=[outputs(full, sample) for sample in samples])
+
+
+def _noise_shares(model: Any, base: Checkpoint, names: Sequence[str], sample: Sample) -> Shares:
+    """By weight (sum Q, sum S**2) over the sample's tokens and the weight's rows; of a layer not reached, zeros."""
+    sums = dict.fromkeys(names, (0.0, 0.0))
+    layers = {module: name for name, module in model.named_modules() if f"{name}.weight" in sums}
+    parameters = dict(model.named_parameters())
+
+    def add(layer: str, inputs: Tensor) -> None:
+        name = f"{layer}.weight"
+        delta = parameters[name] - base.read(base.held_as(name)).float()
+        delta = delta if name in base.architecture.transposed else delta.T
+        x = inputs.reshape(-1, inputs.shape[-1])
+        noise, signal = sums[name]
+        noise += (x.square().sum(0) @ delta.square().sum(1)).item()
+        sums[name] = (noise, signal + (x @ delta).square().sum().item())
+
+    with watching(layers, add):
+        model.base_model(input_ids=torch.tensor([sample.ids]), use_cache=False)
+    return sums
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pruned:
+    """A model with the pruned delta in its weights, whose sparse parts can be divided anew in place."""
+
+    model: Any
+    sparse: Mapping[str, tuple[Tensor, Tensor]]
+    divided_by: dict[str, float]
+
+    @classmethod
+    def of(cls, model: Any, artifact: Artifact, names: Sequence[str]) -> "_Pruned":
+        parameters = dict(model.named_parameters())
+        sparse = {}
+        for name in names:
+            delta = artifact.delta(name, None)
+            matrix = unpack(Delta(delta.shape, delta.parts[:1]))
+            sparse[name] = (parameters[name], matrix.T if artifact.specs(name)[0].transposed else matrix)
+        return cls(model, sparse, dict.fromkeys(names, 1.0))
+
+    def divide(self, multiples: Mapping[str, float]) -> None:
+        for name, (parameter, matrix) in self.sparse.items():
+            parameter.add_(matrix, alpha=1 / multiples[name] - 1 / self.divided_by[name])
+            self.divided_by[name] = multiples[name]
+
+
+def divided(
+    parts: Sequence[tuple[str, Spec, Part | XorPayload]], multiples: Mapping[str, float]
+) -> list[tuple[str, Spec, Part | XorPayload]]:
+    """The parts with every sparse one divided by its weight's multiple."""
+    return [(name, *_divided(spec, part, multiples.get(name, 1.0))) for name, spec, part in parts]
+
+
+def _divided(spec: Spec, part: Part | XorPayload, by: float) -> tuple[Spec, Part | XorPayload]:
+    if not isinstance(spec, SparseSpec) or not isinstance(part, Sparse):
+        return spec, part
+    return spec.model_copy(update={"divisor": spec.divisor * by}), replace(part, factors=part.factors / by)
