@@ -173,9 +173,8 @@ def test_lora_keeps_an_adapters_factors_exactly() -> None:
     delta = tensor_delta(48, 32)
     for factors, codec in (((a, b), "float32"), ((a.bfloat16().float(), b.bfloat16().float()), "bf16")):
         change = Change(NAME, False, lambda: delta, factors)
-        ((spec, part),) = method("lora").function(
-            change, method("lora").options({}), BaseFacts(None, frozenset([NAME]))
-        )
+        facts = BaseFacts(None, frozenset([NAME]))
+        ((spec, part),) = method("lora").function(change, method("lora").options({}), facts)
         assert isinstance(spec, LowRankSpec)
         assert (spec.codec, spec.rank) == (codec, 4)
         torch.testing.assert_close(decoded([(spec, part)]), factors[1] @ factors[0])
@@ -198,7 +197,7 @@ def test_lossless_is_one_xor_part() -> None:
         (
             "best",
             {},
-            "known are: weighted, dare, darex, magnitude, wanda, structural, low-rank, low-rank-residual, dense",
+            "known are: weighted, dare, darex, magnitude, wanda, structural, low-rank, .*, lora, lossless",
         ),
         ("lossless", {"drop": 0.5}, "takes: no options"),
         ("dare", {"divisor": 2}, "no option divisor; it takes: drop, block, codec, seed, rank"),
