@@ -24,14 +24,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = torch.tensor([[1, 5, 9, 23, 40, 63, 2, 17]])
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("base"), vocab=64)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -13,24 +13,12 @@ import httpx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from running_server import Running, artifact, dense_part, running, serving
-from tiny_models import save, tiny_llama
+from running_server import Running, artifact, dense_part, serving
 from transformers import AutoModelForCausalLM
 
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.profile import file_name, write_profile
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "base", vocab=64)
-
-
-@pytest.fixture(scope="module")
-def server(base, tmp_path_factory):
-    with running(base, tmp_path_factory.mktemp("store")) as server:
-        yield server
 
 
 @pytest.fixture
