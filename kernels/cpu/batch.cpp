@@ -9,6 +9,7 @@ Error Batch::plan(const Segments& segments, const Bank& bank, int64_t total) {
     rows.clear();
     runs.clear();
     ends.assign(bank.slots, 0);
+    if (!segments.count) return Error::none; // all rows are the base's
     if (segments.offsets[0] != 0 || segments.offsets[segments.count] != total) return Error::segments;
     for (int64_t i = 0; i < segments.count; ++i) {
         const int32_t slot = segments.slots[i];
@@ -32,7 +33,6 @@ Error Batch::plan(const Segments& segments, const Bank& bank, int64_t total) {
 }
 
 void cut(const Batch& batch, int lanes, std::vector<Tile>& tiles) {
-    tiles.clear();
     for (const Batch::Run& run : batch.runs)
         for (int64_t row = run.begin; row < run.end;) {
             const int64_t left = run.end - row;

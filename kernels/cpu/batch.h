@@ -31,11 +31,11 @@ struct Batch {
     std::vector<Run> runs;
     std::vector<int64_t> ends; // scratch of plan: by slot
 
-    // The table must cover [0, total) in ascending order and name slots of the bank.
+    // The table must cover [0, total) in ascending order and name slots of the bank; none at all is all the base's.
     Error plan(const Segments& segments, const Bank& bank, int64_t total);
 };
 
-// Tiles of at most `lanes` rows. Few rows are cheaper one by one: a tile's lanes are paid for whether used or not.
+// Appends tiles of at most `lanes` rows. Few rows are cheaper one by one: a tile's lanes are paid for whether used or not.
 void cut(const Batch& batch, int lanes, std::vector<Tile>& tiles);
 
 // Floats that the operations need as scratch for this delta, a thread.

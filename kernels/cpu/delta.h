@@ -53,6 +53,20 @@ struct Delta {
     double cycles; // about what one row of the batch costs, to decide whether threads are worth waking
 };
 
+// One linear layer: the base's own weight and what each slot adds to it.
+struct Layer {
+    const void* weight;         // [rows, width], row after row; nullptr where y already holds the base's product
+    const float* scales;        // int8: [rows]
+    const float* bias;          // [rows] or nullptr
+    const Delta* const* deltas; // [slots], nullptr where a variant leaves the weight as it is
+    const float* const* biases; // [slots] of float32 [rows], nullptr likewise; or nullptr where no slot has one
+    int64_t slots;
+    int64_t rows; // out
+    int64_t width; // in
+    Codec codec;  // float32, bf16 or int8
+    int32_t unused;
+};
+
 struct Matrix {
     void* data;
     int64_t stride; // values from one row to the next; a row is contiguous
@@ -82,8 +96,14 @@ struct Operations {
     void (*pack)(const Tile&, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to);
     // line i of `tile.inputs[part]`
     void (*project)(const Tile&, int64_t part, int64_t line, float* scratch);
-    // y[the tiles' rows, PANEL * panel ...] += delta, for up to MAX_GROUP tiles of one variant
-    void (*panel)(const Tile* tiles, int64_t count, int64_t panel, const Matrix& y, float* scratch);
+    // y[all rows, from .. to] = x @ weight[from .. to].T + bias, x [y.rows, width] in float32
+    void (*product)(const Layer&, const float* x, int64_t x_stride, const Matrix& y, int64_t from, int64_t to);
+    // y[the tiles' rows, from .. to] += delta, for up to MAX_GROUP tiles of one variant and at most PANEL columns of y
+    void (*panel)(const Tile* tiles, int64_t count, int64_t from, int64_t to, const Matrix& y, float* scratch);
+    // y[row, from .. to] += addend[from .. to]
+    void (*add)(const Matrix& y, int64_t row, int64_t from, int64_t to, const float* addend);
+    // to [width] = row of x in float32
+    void (*widen)(const Matrix& x, int64_t row, float* to);
     // y[row] += delta[id]
     void (*embed)(const Delta&, int64_t id, const Matrix& y, int64_t row, float* scratch);
     // weight[rows of block] += sparse; what stood there goes to saved [rows, K]

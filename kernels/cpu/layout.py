@@ -6,8 +6,6 @@ the kernels grow: groups of fewer than 16 values, inputs too wide for 16-bit col
 """
 
 import ctypes
-from array import array
-from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +22,7 @@ CHUNK = 16
 MAX_PARTS = 8
 BLOCKS = (1, 4, 8, 16, 32, 64)
 WIDEST_COLUMN = 1 << 16
-_CODECS = tuple(BITS)
+CODECS = tuple(BITS)
 _SPARSE, _LOW_RANK, _DENSE, _ROWS = range(4)
 
 
@@ -58,6 +56,23 @@ class PartStruct(Structure):
         ("ids", c_void_p),
         ("mean", c_void_p),
         ("mean_rows", c_int64),
+    )
+
+
+class LayerStruct(Structure):
+    """``Layer`` of delta.h."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("deltas", c_void_p),
+        ("biases", c_void_p),
+        ("slots", c_int64),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("codec", c_int32),
+        ("unused", c_int32),
     )
 
 
@@ -197,7 +212,7 @@ def _codes(codes: Codes, length: int, memory: _Memory, *, float32: bool = False,
         length=length,
         line_bytes=padded * bits // 8,
         group=codes.group,
-        codec=_CODECS.index(codes.codec),
+        codec=CODECS.index(codes.codec),
     )
 
 
@@ -224,22 +239,3 @@ def _cycles(part: Part, rows: int, width: int) -> float:
             return rows * width / 4
         case Rows():
             return len(part.ids) * width / 4
-
-
-class Slots(Sequence[Prepared | None]):
-    """One layer's bank with its pointers at hand; a plain list serves as well, a microsecond slower at every call."""
-
-    def __init__(self, prepared: Sequence[Prepared | None]) -> None:
-        self.prepared = list(prepared)
-        self._pointers = array("Q", [0 if one is None else one.address for one in prepared])
-        self.address = self._pointers.buffer_info()[0]
-
-    def __len__(self) -> int:
-        return len(self.prepared)
-
-    def __getitem__(self, slot: Any) -> Any:
-        return self.prepared[slot]
-
-    def __setitem__(self, slot: int, prepared: Prepared | None) -> None:
-        self._pointers[slot] = 0 if prepared is None else prepared.address
-        self.prepared[slot] = prepared

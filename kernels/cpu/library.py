@@ -10,12 +10,13 @@ from typing import Any
 # Before the library, which uses OpenMP: its libgomp.so.1 is then torch's own, already loaded, and the process has one.
 import torch  # noqa: F401
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 """Fastest first."""
 
 _MATRIX: list[Any] = [c_void_p, c_int64, c_int64, c_int64, c_int32]
-_SEGMENTS: list[Any] = [c_void_p, c_int64, c_void_p, c_void_p, c_int64]
+_TABLE: list[Any] = [c_void_p, c_void_p, c_int64]
+_SEGMENTS: list[Any] = [c_void_p, c_int64, *_TABLE]
 
 
 @cache
@@ -38,7 +39,7 @@ def library() -> ctypes.CDLL:
         )
     loaded.deltaserve_operations.restype = c_void_p
     loaded.deltaserve_operations.argtypes = [c_char_p]
-    loaded.deltaserve_linear.argtypes = [c_void_p, *_MATRIX, *_MATRIX, *_SEGMENTS]
+    loaded.deltaserve_linear.argtypes = [c_void_p, c_void_p, c_int64, *_MATRIX, *_MATRIX, *_TABLE]
     loaded.deltaserve_embedding.argtypes = [c_void_p, *_MATRIX, c_void_p, *_SEGMENTS]
     loaded.deltaserve_swap.argtypes = [c_void_p, *_MATRIX, c_void_p, c_void_p, c_int32]
     return loaded

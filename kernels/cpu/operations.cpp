@@ -26,6 +26,7 @@
 #include "values.h"
 #include "sparse.h"
 #include "lines.h"
+#include "product.h"
 
 namespace deltaserve {
 namespace {
@@ -168,10 +169,8 @@ void add_sums_to_rows(const Tile& tile, const Matrix& y, int64_t from, int64_t t
     });
 }
 
-void add_panel(const Tile* tiles, int64_t count, int64_t index, const Matrix& y, float* scratch) {
+void add_panel(const Tile* tiles, int64_t count, int64_t from, int64_t to, const Matrix& y, float* scratch) {
     const Delta& delta = *tiles->delta;
-    const int64_t from = index * PANEL, to = from + PANEL < delta.rows ? from + PANEL : delta.rows;
-    if (from >= to) return; // another variant of this batch has more rows
     const Panel panel{tiles, count, from, to, scratch, scratch + count * PANEL * MAX_LANES};
     for (int64_t i = 0; i < count; ++i) memset(panel.sums_of(i, from), 0, PANEL * tiles[i].lanes * sizeof(float));
     for (int64_t p = 0; p < delta.count; ++p) {
@@ -186,6 +185,20 @@ void add_panel(const Tile* tiles, int64_t count, int64_t index, const Matrix& y,
         }
     }
     for (int64_t i = 0; i < count; ++i) add_sums_to_rows(tiles[i], y, from, to, panel.sums_of(i, from));
+}
+
+void add(const Matrix& y, int64_t row, int64_t from, int64_t to, const float* addend) {
+    with_dtype(y.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        add_to_row(row_of<T>(y, row) + from, addend + from, to - from);
+    });
+}
+
+void widen(const Matrix& x, int64_t row, float* to) {
+    with_dtype(x.dtype, [&](auto* type) {
+        const auto* from = row_of<std::remove_pointer_t<decltype(type)>>(x, row);
+        for (int64_t column = 0; column < x.width; ++column) to[column] = to_float(from[column]);
+    });
 }
 
 int64_t column_of(const Part& part, int64_t at) {
@@ -296,7 +309,7 @@ constexpr int LANES = DELTASERVE_ROWS == 16 ? 16 : 8;
 #define DELTASERVE_NAME(isa) DELTASERVE_TEXT(isa)
 
 const Operations DELTASERVE_TABLE(DELTASERVE_ISA) = {
-    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, add_panel, embed, swap_in, swap_out,
+    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, product, add_panel, add, widen, embed, swap_in, swap_out,
 };
 
 } // namespace deltaserve

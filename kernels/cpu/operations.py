@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.cpu.layout import Prepared, Slots, prepare
+from deltaserve.kernels.cpu.layers import Layers, Slots
+from deltaserve.kernels.cpu.layout import Prepared, prepare
 from deltaserve.kernels.cpu.library import library, operations
+from deltaserve.kernels.cpu.products import Choice, choose, plain
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.weights import Weight
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ERRORS = {
@@ -44,34 +48,83 @@ class CpuBackend:
         self._linear = library().deltaserve_linear
         self._embedding = library().deltaserve_embedding
         self._swap = library().deltaserve_swap
+        self._choices: dict[Any, Choice] = {}
 
     prepare = staticmethod(prepare)
     slots = Slots
+
+    def layers(self, weights: Sequence[Weight], slots: int) -> Layers:
+        """Prepare layers that read the same input for ``linear``; the first of a shape times which product serves it."""
+        layers = Layers(weights, slots)
+        if layers.whole is None:
+            layers.products = ((1, plain),)
+            return layers
+        key = tuple((weight.values.shape, weight.values.dtype) for weight in weights), torch.get_num_threads()
+        if key not in self._choices:
+            self._choices[key] = choose(weights, self._own_product)
+        layers.products = self._choices[key]
+        return layers
+
+    def linear(self, x: Tensor, layers: Layers, segments: Segments | None) -> list[Tensor]:
+        """``x @ weight.T + bias`` ``[rows, out]`` of each layer, with the deltas and biases of the batch's variants.
+
+        ``segments`` None: every row is the base's.
+        """
+        rows = len(x)
+        together = torch.empty(rows * sum(layers.out), dtype=x.dtype)
+        ys = [part.view(rows, -1) for part in together.split([rows * out for out in layers.out])]
+        self._linear_(ys, x, layers, segments)
+        return ys
+
+    def linear_(self, y: Tensor, x: Tensor, layers: Layers, segments: Segments | None) -> None:
+        """``linear`` of one layer into ``y``, whose columns beyond the base's are added to, as ``delta_linear_`` does."""
+        self._linear_([y], x, layers, segments)
+
+    def _linear_(self, ys: Sequence[Tensor], x: Tensor, layers: Layers, segments: Segments | None) -> None:
+        rows = len(x)
+        product = next((product for most, product in layers.products if rows <= most), layers.products[-1][1])
+        structs = layers.whole
+        if product is not None:
+            structs = layers.deltas
+            for y, weight, out in zip(ys, layers.weights, layers.out, strict=True):
+                product(x, weight, y[:, :out])
+            if segments is None or not segments.rows:
+                return
+        held = [[*bank.held, *biases.held] for bank, biases in zip(layers.banks, layers.biases, strict=True)]
+        self._run(structs, len(layers.out), ys[0], x, None if segments is None or not segments.rows else segments)
+        del held  # until here: another thread may empty a slot meanwhile
 
     def delta_linear_(self, y: Tensor, x: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:
         """``y[rows of slot, :out] += x[rows of slot] @ delta[slot].T`` for every slot of the batch, in place."""
         if not segments.rows:
             return
-        x_stride, x_step = x.stride()
-        if x_step != 1:
-            x = x.contiguous()
-            x_stride = x.stride(0)
-        y_stride, y_step = y.stride()
-        if y_step != 1:
+        if y.stride(1) != 1:
             return _in_a_copy(y, lambda copy: self.delta_linear_(copy, x, bank, segments))
         table = bank if type(bank) is Slots else Slots(bank)
-        held = table.prepared.copy()  # another thread may empty a slot meanwhile
-        offsets, owners = segments.offsets, segments.slots
+        held = table.held.copy()
+        self._run(table.layers, 1, y, x, segments)
+        del held
+
+    def _run(self, structs: Any, count: int, y: Tensor, x: Tensor, segments: Segments | None) -> None:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        offsets, owners, runs = None, None, 0
+        if segments is not None:
+            offsets, owners, runs = segments.offsets.data_ptr(), segments.slots.data_ptr(), segments.slots.numel()
         # fmt: off
         error = self._linear(
-            self._operations,
-            y.data_ptr(), y_stride, *y.shape, _DTYPES[y.dtype],
-            x.data_ptr(), x_stride, *x.shape, _DTYPES[x.dtype],
-            table.address, len(held), offsets.data_ptr(), owners.data_ptr(), owners.numel(),
+            self._operations, structs, count,
+            y.data_ptr(), y.stride(0), *y.shape, _DTYPES[y.dtype],
+            x.data_ptr(), x.stride(0), *x.shape, _DTYPES[x.dtype],
+            offsets, owners, runs,
         )
         # fmt: on
         if error:
             raise _exception(error)
+
+    def _own_product(self, x: Tensor, weight: Weight, y: Tensor) -> None:
+        layers = Layers([weight], 0)  # holds what its structs point to
+        self._run(layers.whole, 1, y, x, None)
 
     def delta_embedding_(self, y: Tensor, ids: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:
         """``y[t] += delta[slot of t][ids[t]]`` for every row of the batch that is a variant's, in place."""
@@ -83,7 +136,7 @@ class CpuBackend:
             raise ValueError(f"{len(ids)} ids for {len(y)} rows of y")
         ids = ids.long().contiguous()
         table = bank if type(bank) is Slots else Slots(bank)
-        held = table.prepared.copy()
+        held = table.held.copy()
         offsets, owners = segments.offsets, segments.slots
         # fmt: off
         error = self._embedding(

@@ -48,6 +48,22 @@ template <int V> inline void add_sums(F16 a, float* y) {
     }
 }
 
+// sums of the lanes of four vectors, by transposition
+inline __m128 sum_four(F16 a, F16 b, F16 c, F16 d) {
+    auto pair = [](F16 x, F16 z) { return _mm512_add_ps(_mm512_unpacklo_ps(x.v, z.v), _mm512_unpackhi_ps(x.v, z.v)); };
+    const __m512d ab = _mm512_castps_pd(pair(a, b)), cd = _mm512_castps_pd(pair(c, d));
+    const __m512d low = _mm512_unpacklo_pd(ab, cd), high = _mm512_unpackhi_pd(ab, cd);
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+// y[r] = sum of the lanes of a[r], always in the same order
+template <int R> inline void sum_lanes(const F16 (&a)[R], float* y) {
+    int r = 0;
+    for (; r + 4 <= R; r += 4) _mm_storeu_ps(y + r, sum_four(a[r], a[r + 1], a[r + 2], a[r + 3]));
+    for (; r < R; ++r) y[r] = _mm_cvtss_f32(sum_four(a[r], a[r], a[r], a[r]));
+}
+
 template <int V, class Column> inline F16 gather(const float* x, const Column* columns) {
     if constexpr (V == 8) {
         __m512 low = _mm512_set1_ps(x[columns[0]]);

@@ -67,6 +67,17 @@ template <int V> inline void add_sums(F16 a, float* y) {
     else for (int v = 0; v < 4; ++v) y[v] += four[v];
 }
 
+// y[r] = sum of the lanes of a[r], always in the same order
+template <int R> inline void sum_lanes(const F16 (&a)[R], float* y) {
+    for (int r = 0; r < R; ++r) {
+        float lanes[16];
+        store(lanes, a[r]);
+        for (int width = 8; width; width /= 2)
+            for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+        y[r] = lanes[0];
+    }
+}
+
 // lane i is x[columns[i / V]]
 template <int V, class Column> inline F16 gather_generic(const float* x, const Column* columns) {
     float lanes[16];

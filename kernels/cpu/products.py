@@ -1,0 +1,68 @@
+"""Which product computes the base's rows: the kernels' own, or one of torch's where that is measured to be faster."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.weights import Weight
+
+ROWS = (1, 4, 16, 64, 256)
+"""Rows of a batch at which products are timed; a batch between two goes by the larger."""
+ENOUGH_BYTES = 1 << 26
+"""Of a weight, to be timed on: more than the caches keep."""
+REPEATS = 3
+ADVANTAGE = 0.9
+"""Another product must be this much faster than the kernels' own, which give a row the same result in every batch."""
+
+Product = Callable[[Tensor, Weight, Tensor], None]
+"""``(x, weight, y)``: writes ``y = x @ weight.T + bias``."""
+
+
+def plain(x: Tensor, weight: Weight, y: Tensor) -> None:
+    """What ``F.linear`` runs."""
+    if weight.bias is None:
+        torch.mm(x, weight.dense().T, out=y)
+    else:
+        torch.addmm(weight.bias, x, weight.dense().T, out=y)
+
+
+def transposed(x: Tensor, weight: Weight, y: Tensor) -> None:
+    """``(weight @ x.T).T``: for some libraries and few rows the better order."""
+    y.copy_(torch.mm(weight.dense(), x.T).T)
+    if weight.bias is not None:
+        y += weight.bias
+
+
+PRODUCTS: tuple[Product, ...] = (plain, transposed)
+
+Choice = tuple[tuple[int, Product | None], ...]
+"""By ascending rows; None stands for the kernels' own."""
+
+
+def choose(weights: Sequence[Weight], own: Callable[[Tensor, Weight, Tensor], None]) -> Choice:
+    """The fastest for each number of rows, measured on the largest of ``weights``."""
+    weight = max(weights, key=lambda weight: weight.values.nbytes)
+    if weight.scales is not None:
+        return ((ROWS[-1], None),)  # torch would have to spell the weight out for every batch
+    out = max(1, min(len(weight.values), ENOUGH_BYTES // max(1, weight.values[:1].nbytes)))
+    sample = Weight(weight.values[:out])
+    return tuple((rows, _fastest(rows, sample, own)) for rows in ROWS)
+
+
+def _fastest(rows: int, weight: Weight, own: Product) -> Product | None:
+    out, width = weight.values.shape
+    x, y = torch.ones(rows, width, dtype=weight.values.dtype), torch.empty(rows, out, dtype=weight.values.dtype)
+    times = {product: [_seconds(product, x, weight, y)] for product in (own, *PRODUCTS)}
+    for _ in range(REPEATS):
+        for product, seconds in times.items():
+            seconds.append(_seconds(product, x, weight, y))
+    best = min(PRODUCTS, key=lambda product: min(times[product]))
+    return best if min(times[best]) < ADVANTAGE * min(times[own]) else None
+
+
+def _seconds(product: Product, x: Tensor, weight: Weight, y: Tensor) -> float:
+    start = time.perf_counter()
+    product(x, weight, y)
+    return time.perf_counter() - start
