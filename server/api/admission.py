@@ -125,7 +125,7 @@ def room_for(prompt_tokens: int, context: int, limit: int | None, field: str) ->
             f"{prompt_tokens}. Shorten it to at most {context - 1}",
             field,
         )
-    room = context - prompt_tokens
+    room = max(context - prompt_tokens, 0)
     return room if limit is None else min(limit, room)
 
 

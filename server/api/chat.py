@@ -26,10 +26,10 @@ from deltaserve.server.api.responses import (
 from deltaserve.server.api.schemas import ChatRequest, Message
 from deltaserve.server.api.tokenisers import Tokeniser
 
-router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
+router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute, responses=ERRORS)
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     return await generate(request, body, _prompts, _whole, _chunks)

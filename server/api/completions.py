@@ -22,10 +22,10 @@ from deltaserve.server.api.responses import (
 from deltaserve.server.api.schemas import CompletionRequest
 from deltaserve.server.api.tokenisers import Tokeniser
 
-router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
+router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute, responses=ERRORS)
 
 
-@router.post("/v1/completions", response_model=Completion, responses=ERRORS)
+@router.post("/v1/completions", response_model=Completion)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts."""
     return await generate(request, body, _prompts, _whole, _chunks)

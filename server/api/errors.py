@@ -1,6 +1,7 @@
 """Every failure becomes OpenAI's error object, with the status, type and code that one table gives it."""
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -42,6 +43,9 @@ TABLE: dict[type[errors.DeltaServeError], tuple[int, str, str | None]] = {
     errors.EngineDown: (503, SERVER, "engine_down"),
 }
 
+PARAMS = {errors.VariantNotFound: "model", errors.InvalidName: "name"}
+"""Which field a failure is about, where that is always the same one."""
+
 VALIDATION_CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
@@ -52,7 +56,10 @@ VALIDATION_MESSAGES = {
     "missing": "is required",
     "extra_forbidden": "is not a field that deltaserve knows; leave it out",
 }
-HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large"}
+SUBJECT = re.compile("^[A-Z][a-z]+ (?=should )")
+"""pydantic begins "Input should be ...", "List should have ..."; the field's name takes that place."""
+
+HTTP_CODES = {400: "invalid_json", 404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large"}
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +83,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
         log.error("Unexpected failure while answering a request", exc_info=error)
         return 500, body("The server failed on this request; its log says why", SERVER, "internal_error")
     status, kind, code = next(TABLE[ancestor] for ancestor in type(error).__mro__ if ancestor in TABLE)
-    param = "model" if isinstance(error, errors.VariantNotFound) else getattr(error, "param", None)
-    return status, body(str(error), kind, code, param)
+    param = next((name for family, name in PARAMS.items() if isinstance(error, family)), None)
+    return status, body(str(error), kind, code, param or getattr(error, "param", None))
 
 
 async def answer_known(request: Request, error: Exception) -> Response:
@@ -97,9 +104,10 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
         reason = complaint["ctx"]["error"]
         return JSONResponse(body(f"The body is not valid JSON: {reason}", INVALID, VALIDATION_CODES[kind]), 400)
     if param is None:
-        message = "The body must be a JSON object, sent with 'Content-Type: application/json'"
+        message = "The body must be a JSON object whose names are text, sent with 'Content-Type: application/json'"
         return JSONResponse(body(message, INVALID, "invalid_body"), 400)
-    message = f"{param!r} {VALIDATION_MESSAGES.get(kind) or complaint['msg']}"
+    said = VALIDATION_MESSAGES.get(kind) or SUBJECT.sub("", complaint["msg"])
+    message = f"{param!r} {said}"
     return JSONResponse(body(message, INVALID, VALIDATION_CODES.get(kind, "invalid_value"), param), 400)
 
 

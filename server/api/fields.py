@@ -1,4 +1,4 @@
-"""Kinds of request fields: numbers with a range, fields that are not there yet, stop strings, biases, prompts."""
+"""Kinds of request fields: numbers with a range, fields that are not there yet, text, stops, biases, prompts."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -74,6 +74,12 @@ def only(*accepted: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _text(value: str) -> str:
+    if not _is_text(value):
+        raise PydanticCustomError("text", "must be text; it holds half of a surrogate pair, which UTF-8 cannot write")
+    return value
+
+
 def _stops(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
@@ -125,6 +131,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
+Text = Annotated[str, AfterValidator(_text)]
 Stops = Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])]
 Biases = Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])]
 Prompts = Annotated[

@@ -15,6 +15,7 @@ from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadT
 from deltaserve.delta_store.variant_files import VARIANT_FILES
 
 MAX_NAME_BYTES = 1024
+MAX_BOUNDARY_BYTES = 70  # RFC 2046; headers of parts are bounded by the parser
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Each must come; VARIANT_FILES may."""
 
@@ -39,9 +40,10 @@ class Form:
 
     def __init__(self, content_type: str, folder: Path, max_parts: int) -> None:
         kind, options = parse_options_header(content_type)
-        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        boundary = options.get(b"boundary", b"")
+        if kind != b"multipart/form-data" or not 1 <= len(boundary) <= MAX_BOUNDARY_BYTES:
             raise UploadError(
-                f"Send multipart/form-data with {_EXPECTED}, not {content_type!r}; "
+                f"Send multipart/form-data, with a boundary of 1 to {MAX_BOUNDARY_BYTES} bytes, that has {_EXPECTED}; "
                 "an artifact alone goes as the body to PUT /v1/variants/{name}"
             )
         self.name = ""
@@ -51,7 +53,7 @@ class Form:
         self._parts, self._complete = 0, False
         self._part = _Part()
         self._parser = MultipartParser(
-            options[b"boundary"],
+            boundary,
             {
                 "on_part_begin": self._begin,
                 "on_header_field": lambda data, start, end: self._add_header(0, data[start:end]),

@@ -6,23 +6,23 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
-from deltaserve.delta_store.errors import InvalidName, VariantNotFound
+from deltaserve.delta_store.errors import VariantNotFound
 from deltaserve.delta_store.registry import Registered
 from deltaserve.server.api.responses import ERRORS, Model, ModelList
-from deltaserve.server.api.served import usable
+from deltaserve.server.api.served import current, usable
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], responses=ERRORS)
 STARTED = int(time.time())
 
 
-@router.get("/v1/models", response_model=ModelList, responses=ERRORS)
+@router.get("/v1/models", response_model=ModelList)
 async def list_models(request: Request) -> ModelList:
     """The base, then the variants that can be asked now, by name."""
     state = request.app.state
     return ModelList(data=[base_model(state), *await run_in_threadpool(_variants, state)])
 
 
-@router.get("/v1/models/{name:path}", response_model=Model, responses=ERRORS)
+@router.get("/v1/models/{name:path}", response_model=Model)
 async def retrieve_model(name: str, request: Request) -> Model:
     """One of them."""
     state = request.app.state
@@ -47,10 +47,7 @@ def _variants(state: State) -> list[Model]:
 
 
 def _variant(state: State, name: str) -> Model:
-    try:
-        registered = state.registry.current(name)
-    except (VariantNotFound, InvalidName) as error:
-        raise VariantNotFound(f"The model {name!r} does not exist; GET /v1/models lists those that do") from error
+    registered = current(state, name)
     if not usable(state, registered):
-        raise VariantNotFound(f"The variant {name!r} is registered, but cannot be served on this base; upload it again")
+        raise VariantNotFound(f"The file of variant {name!r} is missing from the store; upload it again")
     return _model(state, registered)

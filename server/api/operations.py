@@ -3,9 +3,9 @@
 from fastapi import APIRouter, Request
 
 from deltaserve.delta_store.errors import EngineDown
-from deltaserve.server.api.responses import ErrorAnswer
+from deltaserve.server.api.responses import ERRORS
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], responses=ERRORS)
 
 
 @router.get("/health")
@@ -14,7 +14,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready", responses={503: {"model": ErrorAnswer}})
+@router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
     """200 while the generation thread runs; else 503, and the message says why not."""
     engine = request.app.state.engine

@@ -1,20 +1,24 @@
 """Activation profiles: what weighted drop draws its columns from, kept by digest beside the artifacts."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from deltaserve.delta_store.errors import BaseMismatch, UploadIncomplete
 from deltaserve.delta_store.profile import Profile
+from deltaserve.server.api import errors
+from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_file
 from deltaserve.server.examination import how_to_send
 
 MAX_PROFILE_BYTES = 64 * 2**20
 """A profile has a byte for each column of each layer's input: 1 MB for a model of 8 billion parameters."""
 
-router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
+router = APIRouter(prefix="/v1/profiles", tags=["profiles"], responses=ERRORS)
+Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="SHA-256, 64 hexadecimal digits in lower case")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class ProfileReceipt:
 
 
 @router.put("/{digest}", status_code=201)
-async def put_profile(digest: str, request: Request) -> ProfileReceipt:
+async def put_profile(digest: Digest, request: Request) -> ProfileReceipt:
     """Store the activation profile in the body; its SHA-256 must be ``digest``, and its base the one served here."""
     state = request.app.state
     target = state.profiles.path(digest)
@@ -46,9 +50,9 @@ async def put_profile(digest: str, request: Request) -> ProfileReceipt:
 
 @router.head("/{digest}", include_in_schema=False)
 @router.get("/{digest}", response_class=FileResponse)
-def get_profile(digest: str, request: Request) -> Response:
+def get_profile(digest: Digest, request: Request) -> Response:
     """The profile's file."""
     path = request.app.state.profiles.path(digest)
     if not path.exists():
-        raise HTTPException(404, how_to_send(digest))
+        return JSONResponse(errors.body(how_to_send(digest), errors.INVALID, "profile_not_found", "digest"), 404)
     return FileResponse(path, media_type="application/octet-stream")

@@ -142,7 +142,7 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in (400, 404, 429, 500, 503)}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in ("4XX", "5XX")}
 
 
 def head(kind: str, prefix: str, model: str, digest: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from deltaserve.delta_store.errors import RequestRefused
-from deltaserve.server.api.fields import MAX_CHOICES, Between, Biases, Body, Prompts, Stops, only
+from deltaserve.server.api.fields import MAX_CHOICES, Between, Biases, Body, Prompts, Stops, Text, only
 
 INT64 = 2**63
 ANY_COUNT = 2**53
@@ -22,7 +22,7 @@ class StreamOptions(Body):
 class Generation(Body):
     """The fields that both generating routes share; the last five are vLLM's extensions."""
 
-    model: str
+    model: Text
     n: Annotated[int, Between(1, MAX_CHOICES)] = 1
     stop: Stops = Field(default_factory=list)
     seed: Annotated[int, Between(-INT64, INT64 - 1)] | None = None
@@ -34,7 +34,7 @@ class Generation(Body):
     max_tokens: Annotated[int, Between(0, ANY_COUNT)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Accepted; deltaserve does nothing with it")
+    user: Text | None = Field(None, description="Accepted; deltaserve does nothing with it")
 
     top_k: Annotated[int, Between(-1, ANY_COUNT)] = 0
     min_p: Annotated[float, Between(0, 1)] = 0.0
@@ -63,7 +63,7 @@ class TextPart(Body):
     """A piece of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 def _parts(content: Any) -> Any:
@@ -78,7 +78,7 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Content | None, Field(validate_default=True)] = None
-    name: str | None = None
+    name: Text | None = None
     refusal: Annotated[Any, only("")] = None
     tool_calls: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only()] = None

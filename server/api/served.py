@@ -46,10 +46,19 @@ async def resolve(state: State, name: str) -> Served:
         return Served(name, None, state.engine.fingerprint, state.tokenisers.base, ExitStack())
     try:
         return await run_in_threadpool(_find, state, name)
-    except (VariantNotFound, InvalidName) as error:
-        raise VariantNotFound(f"The model {name!r} does not exist; GET /v1/models lists those that do") from error
     except ArtifactError as error:
         raise GenerationFailed(f"The model {name!r} cannot be loaded: {error}") from error
+
+
+def current(state: State, name: str) -> Registered:
+    """The version that a variant's name points at. Raises VariantNotFound if none does, or one of another base."""
+    try:
+        registered: Registered = state.registry.current(name)
+    except (VariantNotFound, InvalidName) as error:
+        raise VariantNotFound(f"The model {name!r} does not exist; GET /v1/models lists those that do") from error
+    if registered.receipt.base != state.engine.fingerprint:
+        raise VariantNotFound(f"The variant {name!r} was made for another base than the one served here")
+    return registered
 
 
 def usable(state: State, registered: Registered) -> bool:
@@ -60,8 +69,6 @@ def usable(state: State, registered: Registered) -> bool:
 def _find(state: State, name: str) -> Served:
     with ExitStack() as holding:
         registered, path = _held(state, name, holding)
-        if registered.receipt.base != state.engine.fingerprint:
-            raise VariantNotFound(f"Variant {name!r} was made for another base")
         tokeniser = state.tokenisers.of(registered.digest, path)
         version = Version(name, registered.digest, str(path))
         return Served(name, version, registered.digest, tokeniser, holding.pop_all())
@@ -69,9 +76,9 @@ def _find(state: State, name: str) -> Served:
 
 def _held(state: State, name: str, holding: ExitStack) -> tuple[Registered, Path]:
     """The current version with its file held; if that was removed in between, the name is looked up once more."""
-    registered: Registered = state.registry.current(name)
+    registered = current(state, name)
     try:
         return registered, holding.enter_context(state.blobs.hold(registered.digest))
     except CorruptArtifact:
-        registered = state.registry.current(name)
+        registered = current(state, name)
         return registered, holding.enter_context(state.blobs.hold(registered.digest))

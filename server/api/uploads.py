@@ -36,6 +36,8 @@ async def receive_file(request: Request, path: Path, max_bytes: int) -> str:
 
 async def receive_form(request: Request, folder: Path, max_bytes: int, max_parts: int) -> Form:
     """Write a multipart body's files into ``folder``. Raises as ``receive_file`` and Form do."""
+    if announced_digest(request):
+        raise UploadError("A form's checksum is not checked; send the artifact as the body to PUT /v1/variants/{name}")
     form = Form(request.headers.get("content-type", ""), folder, max_parts)
     try:
         async for piece in pieces(request, max_bytes):
@@ -48,6 +50,9 @@ async def receive_form(request: Request, folder: Path, max_bytes: int, max_parts
 
 async def pieces(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     """The body in pieces of about PIECE_BYTES, at most ``max_bytes`` of it."""
+    for header in ("Content-Encoding", "Content-Range"):
+        if header in request.headers:
+            raise UploadError(f"{header}: {request.headers[header]!r} is not supported; send the whole file as it is")
     length = request.headers.get("content-length")
     if length and int(length) > max_bytes:
         raise _too_large(length, max_bytes)
@@ -100,10 +105,10 @@ def announced_digest(request: Request) -> str | None:
 
 
 def _parsed(where: str, value: str) -> str:
+    digest = value.strip().lower().removeprefix("sha256:")
     if where == "Repr-Digest" and (match := re.search(r"\bsha-256=:([A-Za-z0-9+/=]*):", value)):
         with suppress(binascii.Error):
-            value = base64.b64decode(match[1], validate=True).hex()
-    digest = value.strip().lower().removeprefix("sha256:")
+            digest = base64.b64decode(match[1], validate=True).hex()
     if not DIGEST.fullmatch(digest):
         raise UploadError(
             f"{where} = {value!r} is not a SHA-256: send 64 hex digits, or sha-256=:<base64>: in Repr-Digest"

@@ -13,12 +13,13 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.datastructures import State
 
-from deltaserve.delta_store.errors import InvalidName
+from deltaserve.delta_store.errors import DeltaServeError, InvalidName
 from deltaserve.delta_store.registry import Registered, check_name
+from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_file, receive_form
 from deltaserve.server.examination import examine
 
-router = APIRouter(prefix="/v1/variants", tags=["variants"])
+router = APIRouter(prefix="/v1/variants", tags=["variants"], responses=ERRORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ async def post_variant(request: Request) -> VariantReceipt:
 
 @router.get("")
 def list_variants(request: Request) -> VariantList:
-    """Every variant that can be asked now."""
+    """Every variant, also those whose ``base_matches`` is false, which cannot be asked here."""
     return VariantList("list", [receipt(one, request.app.state) for one in request.app.state.registry.variants()])
 
 
@@ -128,10 +129,14 @@ def check_free(name: str, state: State) -> None:
 
 
 def encode(adapter: Path, artifact: Path, state: State) -> None:
-    """Write the artifact of a LoRA folder."""
+    """Write the artifact of a LoRA folder. Errors speak of the upload, not of a path that its sender does not know."""
     from deltaserve.delta_store.compress import compress
 
-    compress(state.settings.base, adapter, artifact)
+    try:
+        compress(state.settings.base, adapter, artifact)
+    except DeltaServeError as error:
+        error.args = (str(error).replace(str(adapter), "the upload"),)
+        raise
 
 
 def register(name: str, file: Path, state: State) -> VariantReceipt:

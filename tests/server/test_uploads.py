@@ -19,11 +19,6 @@ FIVE = 5 * 10**6
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "base", vocab=64)
-
-
-@pytest.fixture(scope="module")
 def server(base, tmp_path_factory):
     with running(base, tmp_path_factory.mktemp("store"), max_upload_bytes=LIMIT, upload_idle_seconds=0.5) as server:
         yield server
@@ -150,6 +145,25 @@ def test_a_form_that_is_cut_short_or_none_at_all_is_refused(server):
     refusal(server.http.post("/v1/variants", content=cut, headers=head), 400, "upload_incomplete")
     refusal(server.http.post("/v1/variants", content=b"nonsense", headers=head), 400, "upload_refused")
     assert "multipart/form-data" in refusal(server.http.post("/v1/variants", json={}), 400, "upload_refused")
+    head = {"Content-Type": f"multipart/form-data; boundary={'b' * 71}"}
+    assert "1 to 70 bytes" in refusal(
+        server.http.post("/v1/variants", content=b"", headers=head), 400, "upload_refused"
+    )
+
+
+def test_the_headers_of_a_forms_part_are_bounded(server):
+    head = {"Content-Type": "multipart/form-data; boundary=b"}
+    for headers in (b"X: " + b"y" * FIVE, b"".join(b"X-%d: y\r\n" % number for number in range(1000))):
+        sent = server.http.post("/v1/variants", content=b"--b\r\n" + headers + b"\r\n\r\nv", headers=head)
+        assert sent.status_code in (400, 413), sent.text
+
+
+def test_what_is_wrong_with_an_adapter_is_said_without_the_servers_paths(server):
+    files = [("adapter", ("adapter_config.json", b"{}")), ("adapter", ("adapter_model.safetensors", b"x"))]
+    sent = server.http.post("/v1/variants", data={"name": "v"}, files=files)
+    message = refusal(sent, 400, "unsupported_checkpoint")
+    assert message.startswith("the upload/adapter_config.json: peft_type is None")
+    assert str(server.store) not in message
 
 
 @pytest.mark.parametrize(
@@ -176,6 +190,32 @@ def test_a_wrong_checksum_is_refused(server, good, query, headers):
 def test_a_malformed_or_ambiguous_checksum_is_refused(server, good, query, headers):
     sent = server.http.put(f"/v1/variants/v{query}", content=good.read_bytes(), headers=headers)
     refusal(sent, 400, "upload_refused")
+
+
+@pytest.mark.parametrize("header", [{"Content-Encoding": "gzip"}, {"Content-Range": "bytes 100-199/200"}])
+def test_part_of_a_file_or_an_encoded_one_is_refused(server, good, header):
+    sent = server.http.put("/v1/variants/v", content=good.read_bytes(), headers=header)
+    assert next(iter(header)) in refusal(sent, 400, "upload_refused")
+
+
+def test_a_checksum_of_a_form_is_refused_rather_than_ignored(server, good):
+    files = {"artifact": good.read_bytes()}
+    sent = server.http.post("/v1/variants", data={"name": "v"}, files=files, params={"digest": "0" * 64})
+    assert "PUT" in refusal(sent, 400, "upload_refused")
+
+
+def test_errors_name_the_field(server, good):
+    for sent, name, code in (
+        (server.http.put("/v1/variants/a b", content=b""), "name", "invalid_name"),
+        (server.http.post("/v1/variants", data={"name": "a b"}, files={"artifact": b"x"}), "name", "invalid_name"),
+        (server.http.get("/v1/profiles/abc"), "digest", "invalid_value"),
+        (server.http.put("/v1/profiles/abc", content=b""), "digest", "invalid_value"),
+    ):
+        refusal(sent, 400, code)
+        assert sent.json()["error"]["param"] == name
+    missing = server.http.get(f"/v1/profiles/{'0' * 64}")
+    refusal(missing, 404, "profile_not_found")
+    assert missing.json()["error"]["param"] == "digest"
 
 
 def resident_bytes(pid: int) -> int:

@@ -43,7 +43,13 @@ def test_ready_tells_the_truth_about_the_generation_thread(service: Any) -> None
     assert "out of memory" in answer.json()["error"]["message"]
 
 
-def test_the_schema_document_can_be_made(service: Any) -> None:
+def test_the_schema_document_says_how_every_route_fails(service: Any) -> None:
     with service.http() as http:
         paths = http.get("/openapi.json").json()["paths"]
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            answers = operation["responses"]
+            shape = answers["4XX"]["content"]["application/json"]["schema"]["$ref"]
+            assert shape == "#/components/schemas/ErrorAnswer", (method, path)
+            assert "422" not in answers, (method, path)
     assert {"/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions", "/health"} <= set(paths)

@@ -110,6 +110,11 @@ def test_e_length_limits_empty_prompt(service: Any, prompt: Any) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
 
+def test_e_length_limits_echo_of_a_prompt_that_is_longer_than_the_context(service: Any) -> None:
+    status, body = asked(service, COMPLETIONS, 100, echo=True, max_tokens=0)
+    assert (status, body["usage"]["completion_tokens"], body["choices"][0]["finish_reason"]) == (200, 0, "length")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_e_length_limits_echo(service: Any, stream: bool) -> None:
     client = service.openai()

@@ -40,7 +40,9 @@ BOTH = [
     ("temperature", "-0.1", "0 to 2"),
     ("temperature", "2.1", "0 to 2"),
     ("temperature", '"1"', "0 to 2"),
+    ("temperature", "1" * 400, "0 to 2"),
     ("temperature", "1e999", "0 to 2"),
+    ("top_p", "-" + "9" * 400, "above 0, at most 1"),
     ("top_p", "0", "above 0, at most 1"),
     ("top_p", "1.01", "above 0, at most 1"),
     ("min_p", "-Infinity", "0 to 1"),
@@ -49,6 +51,9 @@ BOTH = [
     ("repetition_penalty", "0", "0.1 to 10"),
     ("min_tokens", "-1", "from 0 to"),
     ("stream_options", '{"include_usage": true}', "'stream': true"),
+    ("model", '"\\ud800"', "surrogate"),
+    ("user", '"\\udfff"', "surrogate"),
+    ("user", "5", "'user' should be a valid string"),
 ]
 ONE: list[tuple[str, str, str, str]] = [
     (CHAT, "top_logprobs", "1000000", "0 to 20"),
@@ -145,6 +150,21 @@ def test_a_message_that_cannot_be_used_is_refused_by_name(service: Any, message:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ('{"role": "user", "content": "\\ud800"}', "messages[0].content[0].text"),
+        ('{"role": "user", "content": [{"type": "text", "text": "a\\udfff"}]}', "messages[0].content[0].text"),
+        ('{"role": "user", "content": "x", "name": "\\ud800"}', "messages[0].name"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_name(service: Any, message: str, param: str) -> None:
+    body = f'{{"model": "base", "messages": [{message}]}}'
+    with service.http() as http:
+        answer = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 def test_values_that_ask_for_nothing_are_accepted(service: Any) -> None:
     nothing = {field: None for field in ChatRequest.model_fields if field not in ("model", "messages")}
     defaults = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "user": "me"}
@@ -156,7 +176,9 @@ def test_values_that_ask_for_nothing_are_accepted(service: Any) -> None:
         assert http.post(COMPLETIONS, json=ASK[COMPLETIONS] | nothing).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"{}" * 2])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"{}" * 2, b'{"\\ud800": 1}']
+)
 @pytest.mark.parametrize("route", ASK)
 def test_a_body_that_is_no_object_is_a_400(service: Any, route: str, body: bytes) -> None:
     with service.http() as http:
