@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running_server import artifact, running, serving, wait_until
+from running_server import ENVIRONMENT, artifact, running, serving, wait_until
 from tiny_models import save, tiny_llama
 
 LIMIT = 2**20
@@ -222,8 +222,13 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
-def test_c_oversized_upload_4_a_large_artifact_neither_fills_memory_nor_stops_other_streams(tmp_path):
-    """256 MB on disk: the server grows by less than 64 MB, and a stream's tokens keep coming."""
+def test_c_oversized_upload_4_a_large_artifact_neither_fills_memory_nor_stops_other_streams(tmp_path, monkeypatch):
+    """226 MB on disk: the server grows by less than 64 MiB, and a stream's tokens keep coming.
+
+    The growth is the examination's: it maps, copies and checks one tensor of 8 MiB at a time, 35 MiB together. Of freed
+    memory glibc keeps 10 to 30 MiB, which varies; here it gives that back, so that what is in use is measured.
+    """
+    monkeypatch.setitem(ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_", str(2**20))
     wide = save(tiny_llama(hidden=1024, layers=6), tmp_path / "wide", vocab=64)
     names = [
         f"model.layers.{layer}.{part}.weight"
