@@ -1,8 +1,4 @@
-"""The compiled library and the Triton folder work as installed."""
-
-import os
-import subprocess
-import sys
+"""The compiled library works as installed."""
 
 import pytest
 
@@ -21,14 +17,3 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
             library.library()
     finally:
         library.library.cache_clear()
-
-
-def test_triton_runs_in_its_interpreter():
-    code = """
-import torch
-from deltaserve.kernels.triton.kernels import add_
-target, addend = torch.arange(2000.0), torch.ones(2000)
-add_(target, addend)
-assert torch.equal(target, torch.arange(2000.0) + 1)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})

@@ -1,0 +1,91 @@
+"""What changes between two replays of a captured launch, in device tensors that stay where they are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.segments import BASE, Segments
+from deltaserve.kernels.triton import descriptor as at
+from deltaserve.kernels.triton.layout import Prepared
+from deltaserve.kernels.triton.linear import FEW, FULL
+
+LARGEST_RANK = 256
+
+
+class Slots(Sequence[Prepared | None]):
+    """One layer's bank. ``table`` int64 ``[slots, 1 + MAX_PARTS, FIELDS]`` is what the kernels read.
+
+    ``rank`` is the largest that a slot's low-rank parts may have together; 0 saves a launch at every call. Assigning a
+    slot copies one descriptor to the device, in the order of the current stream: a replay sees the old or the new one.
+    """
+
+    def __init__(self, prepared: Sequence[Prepared | None], device: torch.device, rank: int = LARGEST_RANK) -> None:
+        self.rank = rank
+        self.prepared: list[Prepared | None] = [None] * len(prepared)
+        self.table = torch.zeros(
+            len(prepared), 1 + at.MAX_PARTS.value, at.FIELDS.value, dtype=torch.int64, device=device
+        )
+        for slot, one in enumerate(prepared):
+            self[slot] = one
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def __getitem__(self, slot: Any) -> Any:
+        return self.prepared[slot]
+
+    def __setitem__(self, slot: int, prepared: Prepared | None) -> None:
+        if prepared is None:
+            self.table[slot].zero_()
+        elif prepared.rank > self.rank:
+            raise ValueError(f"A delta of rank {prepared.rank}; these slots were made for at most {self.rank}")
+        elif prepared.memory.device != self.table.device:
+            raise ValueError(f"A delta on {prepared.memory.device}; these slots are on {self.table.device}")
+        else:
+            self.table[slot].copy_(prepared.descriptor)
+        self.prepared[slot] = prepared
+
+
+class Tiles:
+    """A segment table, cut into tiles of rows. ``table`` int32 ``[capacity, 3]``: first row, number of rows, slot.
+
+    Unused places belong to nobody. ``assign`` writes another segment table in place, for the next replay.
+    """
+
+    def __init__(self, capacity: int, slots: int, device: torch.device) -> None:
+        self.slots = slots
+        self.table = torch.full((capacity, 3), BASE, dtype=torch.int32, device=device)
+
+    def assign(self, segments: Segments) -> None:
+        """Raises ValueError for a malformed table, an unknown slot, or more rows than there are places."""
+        capacity = len(self.table)
+        tiles = cut(segments, min(capacity, int(segments.offsets[-1])), self.slots)
+        table = torch.full((capacity, 3), BASE, dtype=torch.int32)
+        table[: len(tiles)] = tiles
+        self.table.copy_(table)
+
+
+def cut(segments: Segments, rows: int, slots: int) -> Tensor:
+    """int32 ``[tiles, 3]``: each variant's segments in tiles of ``FULL`` rows, what is left in tiles of ``FEW``.
+
+    Raises ValueError unless the segments cover ``rows`` rows and name ``slots`` slots or the base.
+    """
+    offsets, owners = segments.offsets.tolist(), segments.slots.tolist()
+    ascends = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+    if not ascends or offsets[0] != 0 or offsets[-1] != rows or len(offsets) != len(owners) + 1:
+        raise ValueError(
+            f"The segment table must begin at 0, ascend, and end at the number of rows of y and x, {rows}; "
+            f"it has {len(owners)} segments, from {offsets[0]} to {offsets[-1]}"
+        )
+    for slot in owners:
+        if slot != BASE and not 0 <= slot < slots:
+            raise ValueError(f"The segment table names slot {slot}, that the bank of {slots} slots does not have")
+    tiles: list[tuple[int, int, int]] = []
+    for first, end, slot in zip(offsets, offsets[1:], owners, strict=False):
+        while slot != BASE and first < end:
+            size = FULL.value if end - first >= FULL.value else min(FEW.value, end - first)
+            tiles.append((first, size, slot))
+            first += size
+    return torch.tensor(tiles, dtype=torch.int32).view(-1, 3)

@@ -1,0 +1,8 @@
+"""Where there is no GPU, Triton runs in its interpreter, which must be chosen before anything (peft does) imports it."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
