@@ -27,7 +27,7 @@ from deltaserve.delta_store.text import Sample
 from deltaserve.kernels.parts import Delta, Part, Sparse
 from deltaserve.kernels.reference import unpack
 
-SEARCH_TOKENS = 1024
+SEARCH_TOKENS = 512
 COARSE, FINE = 2.0, (2**0.5, 2**0.25)
 PATIENCE = 2
 EXPECTED_TRIALS = 12

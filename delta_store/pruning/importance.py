@@ -26,8 +26,7 @@ def magnitude(weight: Weight, options: Options, facts: BaseFacts) -> Iterator[En
 def wanda(weight: Weight, options: Options, facts: BaseFacts) -> Iterator[Encoded]:
     """Keep the columns whose contribution to the output is largest: delta times the RMS of the input.
 
-    Size is measured by that product also where survivors are enlarged. A weight that the profile's text did not reach
-    is pruned by magnitude.
+    A weight that the profile's text did not reach is pruned by magnitude.
     """
     strength = weight.input_strength(facts)
     yield _most_important(weight, options, torch.ones(weight.matrix.shape[1]) if strength is None else strength)
@@ -38,9 +37,10 @@ def _most_important(weight: Weight, options: Options, strength: Tensor) -> Encod
     if not kept:
         return weight.whole()
     spec = weight.sparse_spec("explicit", kept, options)
-    energy = _block_energy(weight.matrix * strength, spec)
+    energy = _block_energy(weight.matrix, spec)
     # Stable, so that equals are kept from the left on every machine.
-    columns = energy.argsort(stable=True, dim=1, descending=True)[:, :kept].sort(1).values
+    columns = (energy * strength.square()).argsort(stable=True, dim=1, descending=True)[:, :kept].sort(1).values
+    # Measured: an enlargement that counts energies times input strengths, too, has far more KL.
     missing = energy.sum(1) / energy.gather(1, columns).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     enlarged = weight.matrix * missing.clamp_min(1).repeat_interleave(spec.block)[: spec.shape[0], None]
     return spec, encode.explicit_sparse(enlarged, spec, columns)
