@@ -14,6 +14,7 @@ from deltaserve.delta_store import errors
 RETRY_AFTER_SECONDS = 1
 INVALID = "invalid_request_error"
 SERVER = "server_error"
+UNEXPECTED = "The server failed on this request; its log says why"
 
 # The row of the nearest ancestor counts, so that a new kind of error has its family's status at once.
 TABLE: dict[type[errors.DeltaServeError], tuple[int, str, str | None]] = {
@@ -81,7 +82,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body of any failure. One that nobody foresaw is logged, and its text stays here."""
     if not isinstance(error, errors.DeltaServeError):
         log.error("Unexpected failure while answering a request", exc_info=error)
-        return 500, body("The server failed on this request; its log says why", SERVER, "internal_error")
+        return 500, body(UNEXPECTED, SERVER, "internal_error")
     status, kind, code = next(TABLE[ancestor] for ancestor in type(error).__mro__ if ancestor in TABLE)
     param = next((name for family, name in PARAMS.items() if isinstance(error, family)), None)
     return status, body(str(error), kind, code, param or getattr(error, "param", None))
@@ -131,4 +132,4 @@ async def answer_http(request: Request, error: Exception) -> Response:
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
     """A failure that nobody foresaw; the ASGI server logs its trace."""
-    return JSONResponse(body("The server failed on this request; its log says why", SERVER, "internal_error"), 500)
+    return JSONResponse(body(UNEXPECTED, SERVER, "internal_error"), 500)

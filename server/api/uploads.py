@@ -55,12 +55,12 @@ async def pieces(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
             raise UploadError(f"{header}: {request.headers[header]!r} is not supported; send the whole file as it is")
     length = request.headers.get("content-length")
     if length and int(length) > max_bytes:
-        raise _too_large(length, max_bytes)
+        raise _too_large(request, length, max_bytes)
     received, gathered = 0, bytearray()
     async for chunk in _chunks(request):
         received += len(chunk)
         if received > max_bytes:
-            raise _too_large(f"more than {max_bytes}", max_bytes)
+            raise _too_large(request, f"more than {max_bytes}", max_bytes)
         gathered += chunk
         if len(gathered) >= PIECE_BYTES:
             yield bytes(gathered)
@@ -116,5 +116,7 @@ def _parsed(where: str, value: str) -> str:
     return digest
 
 
-def _too_large(amount: str, max_bytes: int) -> UploadTooLarge:
-    return UploadTooLarge(f"The upload has {amount} bytes; at most {max_bytes} are taken (DELTASERVE_MAX_UPLOAD_BYTES)")
+def _too_large(request: Request, amount: str, max_bytes: int) -> UploadTooLarge:
+    is_set = max_bytes == request.app.state.settings.max_upload_bytes
+    setting = " (DELTASERVE_MAX_UPLOAD_BYTES)" if is_set else ""
+    return UploadTooLarge(f"The upload has {amount} bytes; at most {max_bytes} are taken{setting}")
