@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -50,16 +51,28 @@ def _compiled() -> dict[str, Backend]:
 
 
 BACKENDS: dict[str, Backend] = {**_compiled(), "reference": reference}
-"""Fastest first."""
+"""Those for tensors on the CPU, fastest first."""
+
+
+@cache
+def _triton() -> Backend:
+    """The GPU's backend; loaded when asked for by name, since importing Triton takes a second."""
+    try:
+        from deltaserve.kernels.triton.operations import TritonBackend
+    except ModuleNotFoundError as error:
+        raise RuntimeError("The triton kernels need the package triton: pip install 'deltaserve[gpu]'") from error
+    return TritonBackend()
 
 
 def backend(name: str = "auto") -> Backend:
-    """The backend of this name, or the fastest one here for ``auto``.
+    """The backend of this name, or for ``auto`` the fastest one here for a model on the CPU.
 
-    Raises ValueError, with the known names, for any other.
+    Raises ValueError, with the known names, for any other; RuntimeError for ``triton`` where it cannot run.
     """
     if name == "auto":
         return next(iter(BACKENDS.values()))
+    if name == "triton":
+        return _triton()
     if name not in BACKENDS:
-        raise ValueError(f"Unknown kernel backend {name!r}; known are: auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"Unknown kernel backend {name!r}; known are: auto, {', '.join(BACKENDS)}, triton")
     return BACKENDS[name]

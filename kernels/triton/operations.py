@@ -83,9 +83,7 @@ class TritonBackend:
             project[grid](hidden, slots.rank, *inputs, *which, *precision)
         rows, *tables = which
         grid = (len(tiles), cdiv(y.shape[1], OUTS.value))
-        delta_linear[grid](
-            y, *y.stride(), *inputs, hidden, hidden.stride(0), rows, y.shape[1], *tables, *precision
-        )
+        delta_linear[grid](y, *y.stride(), *inputs, hidden, hidden.stride(0), rows, y.shape[1], *tables, *precision)
 
     def delta_embedding_(
         self, y: Tensor, ids: Tensor, bank: Sequence[Prepared | None], segments: Segments | Tiles

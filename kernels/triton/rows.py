@@ -37,7 +37,7 @@ KEPT_EACH = tl.constexpr(64)
 
 @triton.jit
 def _sparse(part, id, column, valid):
-    """float32 ``[rows, columns]`` of the delta's rows ``id``: each column looks for itself among the kept, ascending."""
+    """float32 ``[rows, columns]`` of the delta's rows ``id``: each column looks for itself among those kept."""
     kept = tl.load(part + KEPT).to(tl.int32)
     log_block = tl.load(part + LOG_BLOCK).to(tl.int32)
     columns, codes = packed(part + COLUMNS), coded(part + CODES)

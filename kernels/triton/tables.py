@@ -1,6 +1,7 @@
 """What changes between two replays of a captured launch, in device tensors that stay where they are."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def cut(segments: Segments, rows: int, slots: int) -> Tensor:
     Raises ValueError unless the segments cover ``rows`` rows and name ``slots`` slots or the base.
     """
     offsets, owners = segments.offsets.tolist(), segments.slots.tolist()
-    ascends = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+    ascends = all(a <= b for a, b in pairwise(offsets))
     if not ascends or offsets[0] != 0 or offsets[-1] != rows or len(offsets) != len(owners) + 1:
         raise ValueError(
             f"The segment table must begin at 0, ascend, and end at the number of rows of y and x, {rows}; "
@@ -83,7 +84,7 @@ def cut(segments: Segments, rows: int, slots: int) -> Tensor:
         if slot != BASE and not 0 <= slot < slots:
             raise ValueError(f"The segment table names slot {slot}, that the bank of {slots} slots does not have")
     tiles: list[tuple[int, int, int]] = []
-    for first, end, slot in zip(offsets, offsets[1:], owners, strict=False):
+    for (first, end), slot in zip(pairwise(offsets), owners, strict=True):
         while slot != BASE and first < end:
             size = FULL.value if end - first >= FULL.value else min(FEW.value, end - first)
             tiles.append((first, size, slot))
