@@ -169,7 +169,7 @@ def _add(
     tl.store(target, total.to(y[0].dtype.element_ty), valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hidden_row", "rows", "outs", "slots"])  # or a batch of one row would compile anew
 def delta_linear(
     y, y_row, y_column, x, x_row, x_column, hidden, hidden_row, rows, outs, tiles, table, slots,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -193,7 +193,7 @@ def delta_linear(
                 _add(target, inputs, projected, delta, first, count, outs, panel, 1, DOT_TYPE, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hidden_row", "rows", "slots"])
 def project(
     hidden, hidden_row, x, x_row, x_column, rows, tiles, table, slots,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,

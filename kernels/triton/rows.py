@@ -79,7 +79,7 @@ def _low_rank(part, id, column, width, valid):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "slots"])
 def delta_embedding(y, y_row, y_column, ids, rows, columns, tiles, table, slots):
     """``y[t] += delta[slot of t][ids[t]]``, rounded once; ids outside of the delta's rows add nothing.
 
