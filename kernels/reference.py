@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.codes import decode
+from deltaserve.kernels.layers import Layers
 from deltaserve.kernels.parts import Delta, Dense, LowRank, Part, Rows, Sparse
 from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.weights import Weight
 
 NAME = "reference"
 
@@ -142,6 +144,28 @@ def _prepare_part(part: Part) -> Gathered | Factors | Full | Lines:
             return Full(decode(part.values))
         case Rows():
             return Lines(part.ids, decode(part.values), part.mean, part.mean_rows)
+
+
+def layers(weights: Sequence[Weight], slots: int) -> Layers:
+    """Layers that read the same input, with empty banks."""
+    return Layers(tuple(weights), tuple([None] * slots for _ in weights))
+
+
+def linear(x: Tensor, layers: Layers, segments: Segments | None) -> list[Tensor]:
+    """``y = x @ weight.T + bias``, then ``y[rows of slot] += x[rows of slot] @ delta[slot].T + bias delta``, each layer.
+
+    ``x`` ``[rows, in]``; ``segments`` None: all rows are the base's. Returns ``[rows, out]`` for each layer.
+    """
+    ys = [layers.product(layer, x) for layer in range(len(layers.weights))]
+    for layer, y in enumerate(ys):
+        layers.add(layer, y, x, segments, delta_linear_)
+    return ys
+
+
+def linear_(y: Tensor, x: Tensor, layers: Layers, segments: Segments | None) -> None:
+    """``linear`` of one layer into ``y``, whose columns beyond the base's keep what they hold, deltas added."""
+    y[:, : len(layers.weights[0].values)] = layers.product(0, x)
+    layers.add(0, y, x, segments, delta_linear_)
 
 
 def delta_linear_(y: Tensor, x: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.cpu.layout import CODECS, LayerStruct, Prepared
+from deltaserve.kernels.cpu.products import Choice
 from deltaserve.kernels.weights import Weight
 
 _WEIGHT_CODECS = {torch.float32: "float32", torch.bfloat16: "bf16", torch.int8: "int8"}
@@ -45,7 +46,7 @@ class Layers:
     """``weights``, each with a bank of ``slots`` deltas and of biases (float32 ``[out]``).
 
     ``whole`` are the structs for the kernel's own product, None where it cannot read such weights; ``deltas`` are those
-    that only add to a ``y`` which holds the base's product.
+    that only add to a ``y`` which holds the base's product. ``products`` says which serves how many rows.
     """
 
     def __init__(self, weights: Sequence[Weight], slots: int) -> None:
@@ -57,6 +58,7 @@ class Layers:
         own = all(weight.values.dtype in _WEIGHT_CODECS and weight.values.is_contiguous() for weight in weights)
         self.whole = self._structs(with_weights=True) if own else None
         self.deltas = self._structs(with_weights=False)
+        self.products: Choice = ((1, None),)
 
     def install(self, layer: int, slot: int, prepared: Prepared | None) -> None:
         self.banks[layer][slot] = prepared

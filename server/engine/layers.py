@@ -1,43 +1,66 @@
 """Delta-aware twins of a model's layers: the base's own forward, then the deltas of the rows that are a variant's.
 
-A module becomes its twin in place, by taking a subclass of its own class: it keeps its name, its parameters (shared,
-not copied) and its forward, which runs untouched while no row of the step belongs to a variant.
+A module becomes its twin in place, by taking a subclass of its own class: it keeps its name and its parameters (shared,
+not copied). A linear layer's product is the kernel backend's; the forward of all others is the module's own.
 """
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.weights import Weight
 from deltaserve.server.engine.routing import Rows
 
 Prepared = Any
 """A delta as a layer keeps it: in the backend's layout for a matrix, float32 ``[n]`` for a bias or norm."""
 
 
+class Siblings:
+    """Linear layers that read the same input one after another: the first to be asked computes for all of them."""
+
+    def __init__(self, members: Sequence["DeltaLinear"], slots: int, backend: Backend) -> None:
+        self.layers = backend.layers([member.own_weight() for member in members], slots)
+        self.backend = backend
+        self._x: Tensor | None = None
+        self._ys: list[Tensor | None] = []
+
+    def take(self, member: int, x: Tensor, segments: Segments | None) -> Tensor:
+        """``[rows, out]`` of one member for ``x`` ``[.., rows, in]``, which the others will ask with as well."""
+        if x is not self._x or self._ys[member] is None:
+            self._x, self._ys = x, list(self.backend.linear(x.reshape(-1, x.shape[-1]), self.layers, segments))
+        y, self._ys[member] = self._ys[member], None
+        if not any(one is not None for one in self._ys):
+            self._x = None
+        return y  # type: ignore[return-value]  # just computed, or found above
+
+
 class DeltaLinear(nn.Module):
     """A linear layer (or GPT-2's Conv1D): ``y = base(x) + x @ delta.T + bias delta`` on the rows of variants.
 
-    ``x`` is ``[1, rows, in]`` whenever a row is a variant's.
+    Works once ``unite`` has given it siblings. ``x`` is ``[1, rows, in]`` whenever a row is a variant's.
     """
 
     rows: Rows
-    backend: Backend
-    weights: list[Prepared | None]
-    biases: list[Tensor | None]
+    siblings: Siblings
+    member: int
 
     def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
-        self.rows, self.backend = rows, backend
-        self.weights, self.biases = [None] * slots, [None] * slots
+        self.rows = rows
+        if isinstance(self, Conv1D):  # still [in, out], laid out as the kernels read it
+            self.weight.data = self.weight.data.T.contiguous().T
+
+    def own_weight(self) -> Weight:
+        weight, bias = self.get_parameter("weight").detach(), getattr(self, "bias", None)
+        return Weight(weight.T if isinstance(self, Conv1D) else weight, None, None if bias is None else bias.detach())
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         """As deltas have it: a weight is ``[out, in]``, also where the module keeps ``[in, out]``."""
@@ -45,36 +68,46 @@ class DeltaLinear(nn.Module):
         return shape[::-1] if isinstance(self, Conv1D) else shape
 
     def prepare(self, delta: Delta) -> Prepared:
-        return reference.unpack(delta) if len(delta.shape) == 1 else self.backend.prepare(delta)
+        return reference.unpack(delta) if len(delta.shape) == 1 else self.siblings.backend.prepare(delta)
 
     def install(self, parameter: str, slot: int, prepared: Prepared | None) -> None:
-        (self.weights if parameter == "weight" else self.biases)[slot] = prepared
+        layers = self.siblings.layers
+        (layers.install if parameter == "weight" else layers.install_bias)(self.member, slot, prepared)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
-        segments = self.rows.segments
-        return y if segments is None else self.add_deltas(x[0], y[0], segments)[None]
-
-    def add_deltas(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
-        """``y`` ``[rows, out]``, changed in place where rows are a variant's."""
-        self.backend.delta_linear_(y, x, self.weights, segments)
-        for slot, rows in segments.rows.items():
-            if (bias := self.biases[slot]) is not None:
-                y[rows] = (y[rows].float() + bias).to(y.dtype)
-        return y
+        y = self.siblings.take(self.member, x, self.rows.segments)
+        return y.view(*x.shape[:-1], -1)
 
 
 class DeltaHead(DeltaLinear):
     """The output head. A variant's added vocabulary makes the logits wider: -inf for everybody else."""
 
-    def add_deltas(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
-        own = y.shape[1]
-        widths = {slot: weights.shape[0] for slot in segments.rows if (weights := self.weights[slot]) is not None}
-        if (extra := max(widths.values(), default=own) - own) > 0:
-            y = pad(y, (0, extra), value=-math.inf)
-            for slot, width in widths.items():
-                y[segments.rows[slot], own:width] = 0
-        return super().add_deltas(x, y, segments)
+    def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
+        super().adopt(rows, slots, backend)
+        self.own = self.shape_of("weight")[0]
+        self.widths = [self.own] * slots
+        self.added_biases: dict[int, Tensor] = {}
+
+    def install(self, parameter: str, slot: int, prepared: Prepared | None) -> None:
+        if parameter == "weight":
+            self.widths[slot] = self.own if prepared is None else prepared.shape[0]
+        else:
+            self.added_biases.pop(slot, None)
+            if prepared is not None:
+                prepared, self.added_biases[slot] = prepared.split([self.own, len(prepared) - self.own])
+        super().install(parameter, slot, prepared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        segments = self.rows.segments
+        widths = {} if segments is None else {slot: self.widths[slot] for slot in segments.rows}
+        widest = max(widths.values(), default=self.own)
+        if segments is None or widest == self.own:
+            return super().forward(x)
+        y = x.new_full((x.shape[-2], widest), -math.inf)
+        for slot, width in widths.items():
+            y[segments.rows[slot], self.own : width] = self.added_biases.get(slot, 0)
+        self.siblings.backend.linear_(y, x[0], self.siblings.layers, segments)
+        return y[None]
 
 
 class DeltaEmbedding(nn.Module):
@@ -85,8 +118,9 @@ class DeltaEmbedding(nn.Module):
     weights: list[Prepared | None]
     num_embeddings: int
 
-    adopt = DeltaLinear.adopt
-    biases: list[Tensor | None]
+    def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
+        self.rows, self.backend = rows, backend
+        self.weights = [None] * slots
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         return tuple(self.get_parameter(parameter).shape)
@@ -168,6 +202,13 @@ def become(module: nn.Module, twin: type, rows: Rows, slots: int, backend: Backe
     """Turn ``module`` into its twin, in place."""
     module.__class__ = type(f"Delta{type(module).__name__}", (twin, type(module)), {})
     module.adopt(rows, slots, backend)  # type: ignore[operator]
+
+
+def unite(family: Sequence[DeltaLinear], slots: int, backend: Backend) -> None:
+    """Let linear layers that the model calls in a row with the same input be computed at once; one alone as well."""
+    siblings = Siblings(family, slots, backend)
+    for member, layer in enumerate(family):
+        layer.siblings, layer.member = siblings, member
 
 
 def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:

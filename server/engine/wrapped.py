@@ -1,15 +1,18 @@
 """A model whose layers know deltas: which parameters can have one, and whole variants going in and out of slots."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaserve.delta_store.errors import UnsupportedArtifact
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
-from deltaserve.server.engine.layers import DeltaLayer, Prepared, become, twin_of
+from deltaserve.server.engine.layers import DeltaLayer, DeltaLinear, Prepared, become, twin_of, unite
 from deltaserve.server.engine.routing import Routing
 
 
@@ -48,6 +51,7 @@ class WrappedModel:
         self._layers: dict[str, tuple[DeltaLayer, str]] = {}
         body = f"{model.base_model_prefix}."
         keeps_few = bool(model._supports_logits_to_keep())
+        families = _families(model)
         for name, module in list(model.named_modules()):
             if (twin := twin_of(module, is_head=f"{name}.weight" == self._head)) is None:
                 continue
@@ -55,6 +59,8 @@ class WrappedModel:
             become(module, twin, rows, slots, backend)
             for parameter, _ in module.named_parameters():
                 self._layers[f"{name}.{parameter}"] = (module, parameter)
+        for family in families:
+            unite(family, slots, backend)
         self.shapes = {name: layer.shape_of(parameter) for name, (layer, parameter) in self._layers.items()}
         self.vocabulary = self.shapes[self._embedding][0]
 
@@ -108,6 +114,31 @@ class WrappedModel:
         """Forget what is in a slot that no running request uses; safe while the model runs."""
         for layer, parameter in self._layers.values():
             layer.install(parameter, slot, None)
+
+
+@torch.no_grad()
+def _families(model: PreTrainedModel) -> list[list[Any]]:
+    """All linear layers; those that the model, asked once, calls in a row with the very same input stand together."""
+    linears = [module for module in model.modules() if twin_of(module) is DeltaLinear]
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: calls.append((module, args[0], args[0].clone())))
+        for module in linears
+    ]
+    try:
+        model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    once = {module for module, times in Counter(module for module, _, _ in calls).items() if times == 1}
+    families: list[list[nn.Module]] = []
+    previous: tuple[Tensor, Tensor] | None = None
+    for module, x, copy in calls:
+        if module in once:
+            same = previous is not None and x is previous[0] and torch.equal(copy, previous[1])
+            families.append([*families.pop(), module] if same else [module])
+            previous = (x, copy)
+    return families + [[module] for module in linears if module not in once]
 
 
 def _weight_names(model: PreTrainedModel) -> tuple[str, str]:
