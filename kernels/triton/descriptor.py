@@ -18,8 +18,8 @@ from triton.language import constexpr
 MAX_PARTS = constexpr(8)
 FIELDS = constexpr(16)
 
-# the delta's own row
-PARTS, ROWS, WIDTH = (constexpr(i) for i in range(3))
+# the delta's own row; a bias delta float32 ``[BIAS_ROWS]`` is at ``BIAS``
+PARTS, ROWS, WIDTH, BIAS, BIAS_ROWS = (constexpr(i) for i in range(5))
 
 # a part's row
 KIND, KEPT, LOG_BLOCK, FACTORS, COLUMNS, CODES, SECOND_CODES = (constexpr(i) for i in (0, 1, 2, 3, 4, 6, 11))

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from deltaserve.kernels.triton.decode import coded, number, packed, value
 from deltaserve.kernels.triton.descriptor import (
+    BIAS,
+    BIAS_ROWS,
     CODES,
     COLUMNS,
     FACTORS,
@@ -149,6 +151,8 @@ def _add(
     target = y[0] + row[:, None] * y[1] + out[None, :] * y[2]
     valid = valid_row[:, None] & valid_out[None, :]
     total = tl.load(target, valid, 0).to(tl.float32)
+    bias = tl.load(delta + BIAS).to(tl.pointer_type(tl.float32))
+    total += tl.load(bias + out, out < tl.load(delta + BIAS_ROWS), 0)[None, :]
     for i in range(tl.load(delta + PARTS).to(tl.int32)):
         part = delta + (1 + i) * FIELDS
         kind = tl.load(part + KIND)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, knobs
 
+from deltaserve.kernels.layers import Layers
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.triton import layout
@@ -17,6 +18,7 @@ from deltaserve.kernels.triton.layout import Prepared
 from deltaserve.kernels.triton.linear import OUTS, delta_linear, project
 from deltaserve.kernels.triton.rows import COLUMNS_EACH, KEPT_EACH, ROWS_EACH, delta_embedding, swap_columns
 from deltaserve.kernels.triton.tables import LARGEST_RANK, Slots, Tiles, cut
+from deltaserve.kernels.weights import Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +28,20 @@ class SwapToken:
     saved: Tensor
     rows: Tensor | None
     delta: Prepared | None
+
+
+class FusedLayers:
+    """Layers that read the same input. Bias deltas are added by the kernel that adds the weights' deltas."""
+
+    def __init__(self, weights: Sequence[Weight], banks: Sequence[Slots]) -> None:
+        self.weights, self.banks = weights, banks
+        self.product = Layers(weights, ()).product
+
+    def install(self, layer: int, slot: int, prepared: Prepared | None) -> None:
+        self.banks[layer][slot] = prepared
+
+    def install_bias(self, layer: int, slot: int, bias: Tensor | None) -> None:
+        self.banks[layer].set_bias(slot, bias)
 
 
 class TritonBackend:
@@ -62,6 +78,27 @@ class TritonBackend:
     def tiles(self, rows: int, slots: int) -> Tiles:
         """A segment table for at most ``rows`` rows and banks of ``slots`` slots; at first all rows are the base's."""
         return Tiles(rows, slots, self.device)
+
+    def layers(self, weights: Sequence[Weight], slots: int) -> FusedLayers:
+        """Layers that read the same input, with empty banks."""
+        return FusedLayers(tuple(weights), tuple(self.slots([None] * slots) for _ in weights))
+
+    def linear(self, x: Tensor, layers: FusedLayers, segments: Segments | Tiles | None) -> list[Tensor]:
+        """``x @ weight.T + bias`` ``[rows, out]`` of each layer, with the deltas and biases of the batch's variants.
+
+        ``segments`` None: every row is the base's.
+        """
+        ys = [layers.product(layer, x) for layer in range(len(layers.weights))]
+        if segments is not None:
+            for y, bank in zip(ys, layers.banks, strict=True):
+                self.delta_linear_(y, x, bank, segments)
+        return ys
+
+    def linear_(self, y: Tensor, x: Tensor, layers: FusedLayers, segments: Segments | Tiles | None) -> None:
+        """``linear`` of one layer into ``y``; columns beyond the base's are added to, as ``delta_linear_`` does."""
+        y[:, : len(layers.weights[0].values)] = layers.product(0, x)
+        if segments is not None:
+            self.delta_linear_(y, x, layers.banks[0], segments)
 
     def delta_linear_(self, y: Tensor, x: Tensor, bank: Sequence[Prepared | None], segments: Segments | Tiles) -> None:
         """``y[rows of slot, :out] += x[rows of slot] @ delta[slot].T`` for every slot of the batch, in place."""

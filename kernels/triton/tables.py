@@ -25,6 +25,7 @@ class Slots(Sequence[Prepared | None]):
     def __init__(self, prepared: Sequence[Prepared | None], device: torch.device, rank: int = LARGEST_RANK) -> None:
         self.rank = rank
         self.prepared: list[Prepared | None] = [None] * len(prepared)
+        self.biases: list[Tensor | None] = [None] * len(prepared)
         self.table = torch.zeros(
             len(prepared), 1 + at.MAX_PARTS.value, at.FIELDS.value, dtype=torch.int64, device=device
         )
@@ -38,15 +39,30 @@ class Slots(Sequence[Prepared | None]):
         return self.prepared[slot]
 
     def __setitem__(self, slot: int, prepared: Prepared | None) -> None:
-        if prepared is None:
-            self.table[slot].zero_()
-        elif prepared.rank > self.rank:
+        if prepared is not None and prepared.rank > self.rank:
             raise ValueError(f"A delta of rank {prepared.rank}; these slots were made for at most {self.rank}")
-        elif prepared.memory.device != self.table.device:
+        if prepared is not None and prepared.memory.device != self.table.device:
             raise ValueError(f"A delta on {prepared.memory.device}; these slots are on {self.table.device}")
-        else:
-            self.table[slot].copy_(prepared.descriptor)
-        self.prepared[slot] = prepared
+        self._write(slot, prepared, self.biases[slot])
+
+    def set_bias(self, slot: int, bias: Tensor | None) -> None:
+        """A bias delta ``[n]`` beside the slot's weight delta, which has at least ``n`` rows if there is one."""
+        if bias is not None:
+            bias = bias.to(self.table.device, torch.float32).contiguous()
+        self._write(slot, self.prepared[slot], bias)
+
+    def _write(self, slot: int, prepared: Prepared | None, bias: Tensor | None) -> None:
+        descriptor = torch.zeros_like(self.table[slot]) if prepared is None else prepared.descriptor
+        if bias is not None:
+            rows = len(bias) if prepared is None else prepared.shape[0]
+            if len(bias) > rows:
+                raise ValueError(f"A bias delta of {len(bias)} rows beside a weight delta of {rows}")
+            descriptor = descriptor.clone()
+            descriptor[0, at.ROWS.value] = rows
+            descriptor[0, at.BIAS.value] = bias.data_ptr()
+            descriptor[0, at.BIAS_ROWS.value] = len(bias)
+        self.table[slot].copy_(descriptor)
+        self.prepared[slot], self.biases[slot] = prepared, bias
 
 
 class Tiles:

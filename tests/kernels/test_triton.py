@@ -22,6 +22,7 @@ from deltaserve.kernels import dispatch, reference
 from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Delta, Dense, Sparse
 from deltaserve.kernels.segments import BASE, Segments
+from deltaserve.kernels.weights import Weight
 
 pytest.importorskip("triton")
 
@@ -120,6 +121,40 @@ def test_one_few_and_many_rows_for_every_codec_and_block(codec, block, rng):
     for rows in (1, 19):  # 19 are a full tile and one of three rows
         got = linear(y[:rows], x[:rows], [TRITON.prepare(delta)], Segments.of([rows], [0]))
         assert_close(got, x[:rows].double() @ dense.T, torch.float32, "y")
+
+
+def test_layers_add_deltas_and_biases_to_the_bases_product(rng):
+    (first, dense), (second, _) = (random_delta(rng, ["sparse"], 22, 24, 4, "int4") for _ in range(2))
+    weights = [on_device(torch.randn(out, 24, generator=rng)) for out in (20, 22)]
+    layers = TRITON.layers([Weight(weights[0], bias=on_device(torch.ones(20))), Weight(weights[1])], slots=3)
+    layers.install_bias(0, 1, torch.arange(20.0))  # a slot that changes a bias alone
+    layers.install(1, 0, TRITON.prepare(second))
+    layers.install_bias(1, 0, torch.arange(20.0))  # two rows of its delta are added vocabulary
+    layers.install(1, 0, TRITON.prepare(first))
+    layers.install_bias(1, 2, torch.ones(22))
+    layers.install_bias(1, 2, None)
+    x, segments = on_device(torch.randn(7, 24, generator=rng)), Segments.of([1, 2, 1, 3], [BASE, 0, 2, 1])
+
+    ys = TRITON.linear(x, layers, segments)
+    wide = torch.full((7, 24), -torch.inf, device=TRITON.device)
+    wide[:, 22:] = 5
+    TRITON.linear_(wide[:, :24], x, TRITON.layers([Weight(weights[1])], slots=3), segments)
+
+    expected = [x.cpu().double() @ weight.cpu().double().T for weight in weights]
+    assert_close(wide[:, :22].cpu(), expected[1], torch.float32, "y of the base alone")
+    assert (wide[:, 22:] == 5).all()
+    expected[0] += 1
+    expected[0][4:] += torch.arange(20)
+    expected[1][1:3] += x[1:3].cpu().double() @ dense.T
+    expected[1][1:3, :20] += torch.arange(20)
+    for y, wanted in zip(ys, expected, strict=True):
+        assert_close(y.cpu(), wanted, torch.float32, "y")
+    assert all(
+        torch.equal(y, base)
+        for y, base in zip(TRITON.linear(x, layers, None), map(layers.product, (0, 1), (x, x)), strict=True)
+    )
+    with pytest.raises(ValueError, match="A bias delta of 23 rows beside a weight delta of 22"):
+        layers.install_bias(1, 0, torch.ones(23))
 
 
 def test_inputs_wider_than_a_16_bit_column(rng):
