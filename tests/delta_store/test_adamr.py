@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import save, tiny_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
+from deltaserve.delta_store.compress import compress
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.pruning.adamr import AdamR
 
@@ -200,3 +201,14 @@ def test_in_trainer_it_learns_and_stays_nearer(norm: str, pull: float, tmp_path:
     loss, distance = train(tmp_path, AdamR(pulled.parameters(), lr=5e-3, pull=pull, norm=norm), pulled)
     assert free_loss < loss < 0.8 * before
     assert 0 < distance < 0.9 * free_distance
+
+
+def test_the_guide_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it trains is then compressed as it says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    guide = (Path(__file__).parents[2] / "docs" / "train_for_pruning.md").read_text()
+    code = guide.split("```python\n")[1].split("```")[0]
+    base, out = save(tiny_llama(), tmp_path / "base"), tmp_path / "out"
+    exec(code, {"BASE": str(base), "OUT": str(out), "dataset": [{"input_ids": IDS, "labels": IDS}] * 8})
+    receipt = compress(base, out, tmp_path / "artifact", method="darex", options={"drop": 0.5})
+    assert receipt.tensors_changed == 20
