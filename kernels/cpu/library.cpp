@@ -23,24 +23,25 @@ thread_local Workspace workspace;
 
 Error embedding(const Operations& operations, const Matrix& y, const int64_t* ids, const Bank& bank,
                 const Segments& segments) {
-    if (Error error = workspace.batch.plan(segments, bank, y.rows); error != Error::none) return error;
+    Workspace& own = workspace; // the calling thread's
+    if (Error error = own.batch.plan(segments, bank, y.rows); error != Error::none) return error;
     int64_t scratch_size = 0;
     double cycles = 0;
-    for (const Batch::Run& run : workspace.batch.runs) {
+    for (const Batch::Run& run : own.batch.runs) {
         if (run.delta->width != y.width) return Error::output_width;
         scratch_size = std::max(scratch_size, aligned(scratch_floats(*run.delta)));
         cycles += double(run.end - run.begin) * double(run.delta->width) * 2;
         for (int64_t i = run.begin; i < run.end; ++i) {
-            const int64_t id = ids[workspace.batch.rows[i]];
+            const int64_t id = ids[own.batch.rows[i]];
             if (id < 0 || id >= run.delta->rows) return Error::id;
         }
     }
     const int threads = threads_for(cycles);
-    float* scratch = workspace.scratch.reserve(scratch_size * threads);
-    for (const Batch::Run& run : workspace.batch.runs)
+    float* scratch = own.scratch.reserve(scratch_size * threads);
+    for (const Batch::Run& run : own.batch.runs)
         share(threads, run.end - run.begin, [&](int64_t i, int64_t end, int thread) {
             for (; i < end; ++i) {
-                const int64_t row = workspace.batch.rows[run.begin + i];
+                const int64_t row = own.batch.rows[run.begin + i];
                 operations.embed(*run.delta, ids[row], y, row, scratch + thread * scratch_size);
             }
         });

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltaserve.kernels.cpu.layers import Layers, Slots
 from deltaserve.kernels.cpu.layout import Prepared, prepare
 from deltaserve.kernels.cpu.library import library, operations
-from deltaserve.kernels.cpu.products import Choice, choose, plain
+from deltaserve.kernels.cpu.products import Choice, Product, choose, plain
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight
@@ -61,7 +61,7 @@ class CpuBackend:
             return layers
         key = tuple((weight.values.shape, weight.values.dtype) for weight in weights), torch.get_num_threads()
         if key not in self._choices:
-            self._choices[key] = choose(weights, self._own_product)
+            self._choices[key] = choose(weights, self.product_of)
         layers.products = self._choices[key]
         return layers
 
@@ -122,9 +122,10 @@ class CpuBackend:
         if error:
             raise _exception(error)
 
-    def _own_product(self, x: Tensor, weight: Weight, y: Tensor) -> None:
-        layers = Layers([weight], 0)  # holds what its structs point to
-        self._run(layers.whole, 1, y, x, None)
+    def product_of(self, weight: Weight) -> Product:
+        """The kernels' own product for one weight."""
+        layers = Layers([weight], 0)
+        return lambda x, weight, y: self._run(layers.whole, 1, y, x, None)
 
     def delta_embedding_(self, y: Tensor, ids: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:
         """``y[t] += delta[slot of t][ids[t]]`` for every row of the batch that is a variant's, in place."""

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from deltaserve.kernels.weights import Weight
 
-ROWS = (1, 4, 16, 64, 256)
+ROWS = (1, 4, 16, 32, 64, 256)
 """Rows of a batch at which products are timed; a batch between two goes by the larger."""
-ENOUGH_BYTES = 1 << 26
-"""Of a weight, to be timed on: more than the caches keep."""
+MOST_BYTES = 1 << 26
+"""Of a weight, to be timed on."""
+CACHE_BYTES = 1 << 26
+"""Written before each timing: a layer's weight is in no cache when its turn comes, after all the others."""
 REPEATS = 3
 ADVANTAGE = 0.9
 """Another product must be this much faster than the kernels' own, which give a row the same result in every batch."""
@@ -41,28 +43,27 @@ Choice = tuple[tuple[int, Product | None], ...]
 """By ascending rows; None stands for the kernels' own."""
 
 
-def choose(weights: Sequence[Weight], own: Callable[[Tensor, Weight, Tensor], None]) -> Choice:
-    """The fastest for each number of rows, measured on the largest of ``weights``."""
+def choose(weights: Sequence[Weight], own: Callable[[Weight], Product]) -> Choice:
+    """The fastest for each number of rows, measured on the largest of ``weights``; ``own`` prepares the kernels' own."""
     weight = max(weights, key=lambda weight: weight.values.nbytes)
     if weight.scales is not None:
         return ((ROWS[-1], None),)  # torch would have to spell the weight out for every batch
-    out = max(1, min(len(weight.values), ENOUGH_BYTES // max(1, weight.values[:1].nbytes)))
-    sample = Weight(weight.values[:out])
-    return tuple((rows, _fastest(rows, sample, own)) for rows in ROWS)
+    sample = Weight(weight.values[: max(1, MOST_BYTES // weight.values[0].nbytes)])
+    caches = torch.empty(CACHE_BYTES, dtype=torch.uint8)
+    prepared = own(sample)
+    return tuple((rows, _fastest(rows, sample, prepared, caches)) for rows in ROWS)
 
 
-def _fastest(rows: int, weight: Weight, own: Product) -> Product | None:
+def _fastest(rows: int, weight: Weight, own: Product, caches: Tensor) -> Product | None:
     out, width = weight.values.shape
     x, y = torch.ones(rows, width, dtype=weight.values.dtype), torch.empty(rows, out, dtype=weight.values.dtype)
-    times = {product: [_seconds(product, x, weight, y)] for product in (own, *PRODUCTS)}
-    for _ in range(REPEATS):
-        for product, seconds in times.items():
-            seconds.append(_seconds(product, x, weight, y))
-    best = min(PRODUCTS, key=lambda product: min(times[product]))
-    return best if min(times[best]) < ADVANTAGE * min(times[own]) else None
 
+    def seconds(product: Product) -> float:
+        caches.fill_(1)
+        start = time.perf_counter()
+        product(x, weight, y)
+        return time.perf_counter() - start
 
-def _seconds(product: Product, x: Tensor, weight: Weight, y: Tensor) -> float:
-    start = time.perf_counter()
-    product(x, weight, y)
-    return time.perf_counter() - start
+    times = {product: min(seconds(product) for _ in range(REPEATS)) for product in (own, *PRODUCTS)}
+    best = min(PRODUCTS, key=lambda product: times[product])
+    return best if times[best] < ADVANTAGE * times[own] else None
