@@ -165,11 +165,16 @@ def test_parts_that_would_lead_a_kernel_astray_are_refused(rng):
         TRITON.prepare(Delta((16, 20), (part,) * 9))
 
 
-def test_auto_stays_on_the_cpu_and_triton_without_a_gpu_is_an_error():
+def test_auto_stays_on_the_cpu_and_triton_without_a_gpu_or_its_package_is_an_error():
     assert dispatch.backend() is not TRITON
     assert dispatch.backend("triton") is TRITON
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    code = "from deltaserve.kernels import dispatch; dispatch.backend('triton')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "need a GPU, and torch sees none" in done.stderr
+    for before, message in (
+        ("", "need a GPU, and torch sees none"),
+        ("import sys; sys.modules['triton'] = None; ", "pip install 'deltaserve[gpu]'"),
+    ):
+        code = before + "from deltaserve.kernels import dispatch; dispatch.backend('triton')"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert message in done.stderr.splitlines()[-1]
