@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton runs in its interpreter, which must be chosen before anything (peft does) imports it."""
+"""Without a GPU Triton runs in its interpreter, which must be chosen before anything (peft does) imports Triton."""
 
 import os
 
