@@ -51,7 +51,8 @@ int64_t scratch_floats(const Delta& delta) {
     for (int64_t p = 0; p < delta.count; ++p) {
         const Part& part = delta.parts[p];
         const int64_t lines = part.kind == Kind::sparse ? PANEL / part.block : 1;
-        most = std::max(most, lines * (part.a.length + CHUNK) + part.b.length + CHUNK);
+        const int64_t columns = part.kind == Kind::low_rank ? part.kept * PANEL : 0;
+        most = std::max(most, lines * (part.a.length + CHUNK) + columns);
     }
     return std::max<int64_t>(delta.width + CHUNK, MAX_GROUP * PANEL * MAX_LANES) + most; // sums of embed or of panels
 }

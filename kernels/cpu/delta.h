@@ -29,7 +29,8 @@ struct Codes {
 };
 
 // One summand. `a` holds the values of a sparse part (a line is one block, [K, V]), of a dense part and of whole rows
-// (a line is one row), and the first factor of a low-rank part; `b` holds its second factor.
+// (a line is one row), and the first factor of a low-rank part; `b` holds its second factor column after column (a line is
+// one column, [out], its scales are one a row).
 struct Part {
     Kind kind;
     int32_t block;         // sparse: V

@@ -6,16 +6,18 @@ the kernels grow: groups of fewer than 16 values, inputs too wide for 16-bit col
 """
 
 import ctypes
+import hashlib
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deltaserve.kernels.codes import BITS, FLOAT_CODECS, decode
+from deltaserve.kernels.codes import BITS, FLOAT_CODECS, decode, float_codes, pack_bits, unpack_bits
 from deltaserve.kernels.parts import Codes, Delta, Dense, LowRank, Part, Rows, Sparse
 
 CHUNK = 16
@@ -24,6 +26,9 @@ BLOCKS = (1, 4, 8, 16, 32, 64)
 WIDEST_COLUMN = 1 << 16
 CODECS = tuple(BITS)
 _SPARSE, _LOW_RANK, _DENSE, _ROWS = range(4)
+
+
+_FACTORS: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
 
 
 class CodesStruct(Structure):
@@ -140,8 +145,9 @@ def _part(part: Part, rows: int, width: int, memory: _Memory) -> PartStruct:
         case Sparse():
             return _sparse(part, width, memory)
         case LowRank():
-            a, b = _codes(part.a, width, memory), _codes(part.b, part.b.shape[1], memory)
-            return PartStruct(kind=_LOW_RANK, kept=part.b.shape[1], a=a, b=b)
+            return PartStruct(
+                kind=_LOW_RANK, kept=part.b.shape[1], a=_codes(part.a, width, memory), b=_columns(part.b, memory)
+            )
         case Dense():
             return PartStruct(kind=_DENSE, a=_codes(part.values, width, memory))
         case Rows():
@@ -161,9 +167,15 @@ def _sparse(part: Sparse, width: int, memory: _Memory) -> PartStruct:
         gain=float(part.factors[0]) if even and part.factors.numel() else 1.0,
         kept=kept,
         columns=memory.address(columns),
-        factors=None if even else memory.address(part.factors.float().contiguous()),
+        factors=None if even else memory.address(_shared(part.factors.float().contiguous())),
         a=_codes(part.values, kept * block, memory, float32=wide, unit=block),
     )
+
+
+def _shared(factors: Tensor) -> Tensor:
+    """One copy for all deltas with the same: those of layers with one input, of all variants pruned alike."""
+    digest = hashlib.blake2b(factors.numpy().tobytes(), digest_size=16).digest()
+    return _FACTORS.setdefault(digest, factors)
 
 
 def _check_columns(part: Sparse, width: int, block: int) -> None:
@@ -212,6 +224,29 @@ def _codes(codes: Codes, length: int, memory: _Memory, *, float32: bool = False,
         length=length,
         line_bytes=padded * bits // 8,
         group=codes.group,
+        codec=CODECS.index(codes.codec),
+    )
+
+
+def _columns(codes: Codes, memory: _Memory) -> CodesStruct:
+    """Codes ``[rows, r]`` laid out column after column, with a scale for each row."""
+    rows, rank = codes.shape
+    scaled = codes.codec not in FLOAT_CODECS
+    if scaled and codes.group % rank:  # a row with two scales
+        codes, scaled = float_codes(decode(codes)), False
+    padded = -(-rows // CHUNK) * CHUNK
+    if scaled:
+        levels = unpack_bits(codes.data, codes.codec, rows * rank).view(rows, rank)
+        data = pack_bits(pad(levels.T, (0, padded - rows)).contiguous(), codes.codec)
+        scales = pad(codes.scales[torch.arange(rows) * rank // codes.group], (0, padded - rows)).bfloat16()
+    else:
+        data = pad(codes.data.view(rows, rank).T, (0, padded - rows)).contiguous()
+    return CodesStruct(
+        data=memory.address(data),
+        scales=memory.address(scales) if scaled else None,
+        length=rows,
+        line_bytes=padded * BITS[codes.codec] // 8,
+        group=1,
         codec=CODECS.index(codes.codec),
     )
 

@@ -10,12 +10,14 @@ namespace {
 
 constexpr int64_t WAVE_FLOATS = 1 << 21; // packed inputs at a time, so that a long prefill needs no more memory
 constexpr int64_t PACK_COLUMNS = 512;
-constexpr int64_t STRIP = 512;           // output rows of the base's product before their deltas are added
+constexpr int64_t STRIP_BYTES = 512 << 10; // of the base's weight before the deltas of its rows: the cache still has all else
 
-// Consecutive tiles of one variant.
+constexpr int64_t PRIVATE_FLOATS = 1 << 16;   // up to so many each thread packs for itself: faster than to read another's
+constexpr double PRIVATE_PRODUCTS = 1 << 18;   // and up to so many products each thread projects for itself
+
+// Consecutive tiles of one variant, counted from the wave's first.
 struct Group {
-    Tile* tiles;
-    int64_t count;
+    int64_t first, count;
 };
 
 // A layer of the call, its part of y, its tiles and groups in the workspace.
@@ -30,7 +32,7 @@ struct Planned {
 struct Workspace {
     std::vector<Planned> layers;
     std::vector<Batch> batches;
-    std::vector<Tile> tiles;
+    std::vector<Tile> tiles, private_tiles;
     std::vector<Group> groups;
     Floats wide, inputs, scratch;
 };
@@ -42,6 +44,23 @@ int64_t projections(const Part& part) {
     return part.kind == Kind::low_rank ? part.kept : part.kind == Kind::rows && part.mean ? 1 : 0;
 }
 
+void fetch(const void* data, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(data) + at, 0, 2);
+}
+
+// Asks for the sparse values of output rows from .. to: they are few and far apart, so that the hardware guesses none.
+void fetch_rows(const Delta& delta, int64_t from, int64_t to) {
+    for (int64_t p = 0; p < delta.count; ++p) {
+        const Part& part = delta.parts[p];
+        if (part.kind != Kind::sparse) continue;
+        const int64_t first = from / part.block, blocks = (to - 1) / part.block + 1 - first;
+        const int64_t column_bytes = part.kept * (part.wide_columns ? 4 : 2);
+        fetch(part.a.data + first * part.a.line_bytes, blocks * part.a.line_bytes);
+        fetch(static_cast<const char*>(part.columns) + first * column_bytes, blocks * column_bytes);
+        if (part.a.scales) fetch(part.a.scales + first * part.a.length / part.a.group, 2 * blocks * part.a.length / part.a.group);
+    }
+}
+
 int64_t value_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // Some of the planned layers with some of their tiles.
@@ -49,41 +68,41 @@ class Wave {
   public:
     Wave(const Operations& operations, const Matrix& x, const Segments& segments, Planned* layers, int64_t count, bool first)
         : operations(operations), x(x), segments(segments), layers(layers), count(count), first(first) {
-        Tile* tiles = workspace.tiles.data();
-        first_tile = layers[0].first_tile, last_tile = layers[count - 1].first_tile + layers[count - 1].tiles;
+        const int64_t first_tile = layers[0].first_tile;
+        tile_count = layers[count - 1].first_tile + layers[count - 1].tiles - first_tile;
+        tiles = workspace.tiles.data() + first_tile;
         int64_t floats = 0;
-        for (int64_t i = first_tile; i < last_tile; ++i) floats += lay_out(tiles[i], nullptr);
-        float* memory = workspace.inputs.reserve(floats + 1); // never nullptr, which only counts
-        for (int64_t i = first_tile; i < last_tile; ++i) memory += lay_out(tiles[i], memory);
+        for (int64_t i = 0; i < tile_count; ++i) {
+            floats += lay_out(tiles[i], nullptr);
+            count_work(tiles[i]);
+        }
         workspace.groups.clear();
         for (int64_t i = 0; i < count; ++i) {
-            group(layers[i]);
+            group(layers[i], first_tile);
             if (layers[i].layer->weight && first) cycles += double(layers[i].layer->rows) * double(x.width) * (1 + x.rows / 8.0) / 16;
         }
-        all_groups = workspace.groups.data();
+        groups = workspace.groups.data();
         threads = threads_for(cycles);
         scratch = workspace.scratch.reserve(scratch_size * threads);
+        is_private = threads > 1 && packed_floats <= PRIVATE_FLOATS && products <= PRIVATE_PRODUCTS;
+        if (is_private) copy_tiles();
+        const int copies = is_private ? threads : 1;
+        float* memory = workspace.inputs.reserve(floats * copies + 1); // never nullptr, which only counts
+        for (int64_t i = 0; i < tile_count * copies; ++i) memory += lay_out(tiles[i], memory);
     }
 
     // `wide`: x in float32, for the base's product
     void run(const float* wide, int64_t wide_stride) const {
-        const int64_t parts_of_x = (x.width + PACK_COLUMNS - 1) / PACK_COLUMNS, tiles = last_tile - first_tile;
-        const Tile* tile = workspace.tiles.data() + first_tile;
-        if (packed_floats)
-            share(threads_for(double(packed_floats)), tiles * parts_of_x, [&](int64_t i, int64_t end, int) {
-                for (; i < end; ++i) pack(tile[i / parts_of_x], i % parts_of_x * PACK_COLUMNS);
-            });
-        if (most_projections)
-            share(threads, tiles * most_projections, [&](int64_t i, int64_t end, int thread) {
-                for (; i < end; ++i) project(tile[i / most_projections], i % most_projections, thread);
-            });
+        if (!is_private) prepare_together();
         int64_t units = 0;
         for (int64_t i = 0; i < count; ++i) units += units_of(layers[i]);
         share(threads, units, [&](int64_t begin, int64_t end, int thread) {
+            const Tile* own = tiles + (is_private ? thread * tile_count : 0);
+            if (is_private) prepare_alone(own, thread);
             int64_t before = 0;
             for (int64_t i = 0; i < count; before += units_of(layers[i]), ++i) {
                 const int64_t from = std::max<int64_t>(begin - before, 0), to = std::min(end - before, units_of(layers[i]));
-                if (from < to) rows(layers[i], from * unit, std::min(to * unit, layers[i].rows), wide, wide_stride, thread);
+                if (from < to) rows(layers[i], own, from * unit, std::min(to * unit, layers[i].rows), wide, wide_stride, thread);
             }
         });
     }
@@ -91,47 +110,77 @@ class Wave {
   private:
     int64_t units_of(const Planned& planned) const { return (planned.rows + unit - 1) / unit; }
 
+    void copy_tiles() {
+        std::vector<Tile>& copies = workspace.private_tiles;
+        copies.clear();
+        for (int i = 0; i < threads; ++i) copies.insert(copies.end(), tiles, tiles + tile_count);
+        tiles = copies.data();
+    }
+
+    void prepare_together() const {
+        const int64_t parts_of_x = (x.width + PACK_COLUMNS - 1) / PACK_COLUMNS;
+        if (packed_floats)
+            share(threads_for(double(packed_floats)), tile_count * parts_of_x, [&](int64_t i, int64_t end, int) {
+                for (; i < end; ++i) pack(tiles[i / parts_of_x], i % parts_of_x * PACK_COLUMNS);
+            });
+        if (most_projections)
+            share(std::min(threads, threads_for(products / CHUNK)), tile_count * most_projections, [&](int64_t i, int64_t end, int thread) {
+                for (; i < end; ++i) project(tiles[i / most_projections], i % most_projections, thread);
+            });
+    }
+
+    void prepare_alone(const Tile* own, int thread) const {
+        for (int64_t i = 0; i < tile_count; ++i) {
+            for (int64_t from = 0; packed_floats && from < x.width; from += PACK_COLUMNS) pack(own[i], from);
+            for (int64_t line = 0; line < most_projections; ++line) project(own[i], line, thread);
+        }
+    }
+
     // Points a tile at its share of `memory` (or only counts, for nullptr); returns the floats that it takes.
-    int64_t lay_out(Tile& tile, float* memory) {
+    int64_t lay_out(Tile& tile, float* memory) const {
         int64_t taken = 0;
         auto take = [&](int64_t floats) {
             float* at = memory ? memory + taken : nullptr;
             taken += aligned(floats);
             return at;
         };
-        auto take_packed = [&] {
-            packed_floats += memory ? tile.lanes * x.width : 0;
-            return take(tile.lanes * x.width);
-        };
         const Part* parts = tile.delta->parts;
         const bool unscaled = !std::all_of(parts, parts + tile.delta->count, has_factors);
         tile.x_is_packed = unscaled && (tile.lanes > 1 || x.dtype != Dtype::float32);
-        if (tile.x_is_packed) tile.x = take_packed();
+        if (tile.x_is_packed) tile.x = take(tile.lanes * x.width);
         else tile.x = static_cast<float*>(x.data) + tile.rows[0] * x.stride;
-        int64_t lines = 0;
-        for (int64_t p = 0; p < tile.delta->count; ++p) {
-            lines += projections(parts[p]);
-            if (has_factors(parts[p])) tile.inputs[p] = take_packed();
+        for (int64_t p = 0; p < tile.delta->count; ++p)
+            if (has_factors(parts[p])) tile.inputs[p] = take(tile.lanes * x.width);
             else if (projections(parts[p])) tile.inputs[p] = take(projections(parts[p]) * tile.lanes);
             else tile.inputs[p] = tile.x;
-            if (parts[p].kind == Kind::sparse && parts[p].block > unit) unit = PANEL;
-        }
-        most_projections = std::max(most_projections, lines);
-        scratch_size = std::max(scratch_size, aligned(scratch_floats(*tile.delta)));
-        if (memory) cycles += tile.delta->cycles * (tile.lanes == 1 ? 1 : tile.lanes * 0.5);
         return taken;
     }
 
-    static void group(Planned& planned) {
-        std::vector<Group>& groups = workspace.groups;
-        planned.first_group = int64_t(groups.size());
-        for (int64_t i = 0; i < planned.tiles; ++i) {
-            Tile* tile = workspace.tiles.data() + planned.first_tile + i;
-            const bool more = i && groups.back().tiles->delta == tile->delta && groups.back().count < MAX_GROUP;
-            if (more) ++groups.back().count;
-            else groups.push_back({tile, 1});
+    void count_work(const Tile& tile) {
+        int64_t lines = 0;
+        packed_floats += tile.x_is_packed ? tile.lanes * x.width : 0;
+        for (int64_t p = 0; p < tile.delta->count; ++p) {
+            const Part& part = tile.delta->parts[p];
+            lines += projections(part);
+            packed_floats += has_factors(part) ? tile.lanes * x.width : 0;
+            if (part.kind == Kind::sparse && part.block > unit) unit = PANEL;
         }
-        planned.groups = int64_t(groups.size()) - planned.first_group;
+        most_projections = std::max(most_projections, lines);
+        products += double(lines) * double(tile.lanes) * double(x.width);
+        scratch_size = std::max(scratch_size, aligned(scratch_floats(*tile.delta)));
+        cycles += tile.delta->cycles * (tile.lanes == 1 ? 1 : tile.lanes * 0.5);
+    }
+
+    void group(Planned& planned, int64_t first_tile) const {
+        std::vector<Group>& all = workspace.groups;
+        planned.first_group = int64_t(all.size());
+        for (int64_t i = 0; i < planned.tiles; ++i) {
+            const int64_t tile = planned.first_tile - first_tile + i;
+            const bool more = i && tiles[tile].delta == tiles[tile - 1].delta && all.back().count < MAX_GROUP;
+            if (more) ++all.back().count;
+            else all.push_back({tile, 1});
+        }
+        planned.groups = int64_t(all.size()) - planned.first_group;
     }
 
     void pack(const Tile& tile, int64_t from) const {
@@ -151,17 +200,25 @@ class Wave {
     }
 
     // Output rows from .. to of one layer.
-    void rows(const Planned& planned, int64_t from, int64_t to, const float* wide, int64_t wide_stride, int thread) const {
+    void rows(const Planned& planned, const Tile* own_tiles, int64_t from, int64_t to, const float* wide, int64_t wide_stride,
+              int thread) const {
         const Layer& layer = *planned.layer;
         const bool base = layer.weight && first;
-        const Group* groups = all_groups + planned.first_group;
-        for (int64_t strip = from; strip < to; strip += base ? STRIP : to - from) {
-            const int64_t end = base ? std::min(strip + STRIP, to) : to, own = std::min(end, layer.rows);
+        const Group *begin = groups + planned.first_group, *end = begin + planned.groups;
+        const int64_t fit = STRIP_BYTES / int64_t(sizeof(float)) / x.width / unit * unit;
+        for (int64_t strip = from, next; strip < to; strip = next) {
+            next = base ? std::min(strip + std::max(fit, unit), to) : to;
+            for (const Group* group = begin; group != end; ++group) {
+                const Delta& delta = *own_tiles[group->first].delta;
+                if (strip < delta.rows) fetch_rows(delta, strip, std::min(next, delta.rows));
+            }
+            const int64_t own = std::min(next, layer.rows);
             if (base && strip < own) operations.product(layer, wide, wide_stride, planned.y, strip, own);
-            for (int64_t g = 0; g < planned.groups; ++g) {
-                const int64_t last = std::min(end, groups[g].tiles->delta->rows);
+            for (const Group* group = begin; group != end; ++group) {
+                const Tile* tile = own_tiles + group->first;
+                const int64_t last = std::min(next, tile->delta->rows);
                 for (int64_t row = strip; row < last; row += PANEL)
-                    operations.panel(groups[g].tiles, groups[g].count, row, std::min<int64_t>(row + PANEL, last), planned.y,
+                    operations.panel(tile, group->count, row, std::min<int64_t>(row + PANEL, last), planned.y,
                                      scratch + thread * scratch_size);
             }
             if (layer.biases && first && strip < own) add_biases(planned, strip, own);
@@ -183,13 +240,15 @@ class Wave {
     Planned* layers;
     int64_t count;
     bool first; // of the waves over these layers: the one that computes the base's product and adds biases
-    int64_t first_tile = 0, last_tile = 0;
-    int64_t packed_floats = 0, most_projections = 0, scratch_size = 0;
-    int64_t unit = CHUNK; // output rows that stay together: every block is within one
-    double cycles = 0;
-    int threads = 1;
+    // taken from the workspace here, because a worker's workspace is another
+    Tile* tiles = nullptr;
+    const Group* groups = nullptr;
     float* scratch = nullptr;
-    const Group* all_groups = nullptr; // taken here: the workspace of another thread is another
+    int64_t tile_count = 0, packed_floats = 0, most_projections = 0, scratch_size = 0;
+    double products = 0, cycles = 0;
+    int64_t unit = CHUNK; // output rows that stay together: every block is within one
+    int threads = 1;
+    bool is_private = false; // each thread has its own copy of the tiles and of what they point to
 };
 
 // Checks a layer and cuts its share of the batch into tiles.

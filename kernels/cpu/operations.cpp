@@ -3,6 +3,7 @@
 // one instruction set can be linked into another's code.
 #include "delta.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -26,6 +27,7 @@
 #include "values.h"
 #include "sparse.h"
 #include "lines.h"
+#include "low_rank.h"
 #include "product.h"
 
 namespace deltaserve {
@@ -126,10 +128,18 @@ void add_sparse(const Panel& panel, const Part& part, int64_t p) {
 }
 
 void add_low_rank(const Panel& panel, const Part& part, int64_t p) {
-    for (int64_t row = panel.from; row < panel.to; ++row) {
-        decode_line(part.b, row, panel.scratch);
-        for (int64_t i = 0; i < panel.count; ++i)
-            panel.add_product(row, panel.scratch, part.kept, i, panel.tiles[i].inputs[p]);
+    bool decoded = false;
+    for (int64_t i = 0; i < panel.count; ++i) {
+        const Tile& tile = panel.tiles[i];
+        float* sums = panel.sums_of(i, panel.from);
+        if (tile.lanes == 1) {
+            low_rank_single(part, panel.from, panel.to, tile.inputs[p], sums);
+            continue;
+        }
+        if (!decoded) decode_columns(part, panel.from, panel.to, panel.scratch);
+        decoded = true;
+        if (tile.lanes == 8) low_rank_tile<F8>(part.kept, panel.to - panel.from, panel.scratch, tile.inputs[p], sums);
+        else low_rank_tile<F16>(part.kept, panel.to - panel.from, panel.scratch, tile.inputs[p], sums);
     }
 }
 
@@ -139,15 +149,24 @@ void add_line(const Panel& panel, const Part& part, int64_t line, int64_t row) {
         panel.add_product(row, panel.scratch, part.a.length, i, panel.tiles[i].x);
 }
 
+// What every row from .. to gets, in the tiles' sums.
+void add_mean(const Panel& panel, int64_t p, int64_t from, int64_t to) {
+    for (int64_t i = 0; i < panel.count; ++i) {
+        const int lanes = panel.tiles[i].lanes;
+        const float* products = panel.tiles[i].inputs[p];
+        for (int64_t row = from; row < to; ++row)
+            for (int t = 0; t < lanes; ++t) panel.sums_of(i, row)[t] += products[t];
+    }
+}
+
 void add_rows(const Panel& panel, const Part& part, int64_t p) {
-    int64_t next = first_at_or_after(part.ids, part.kept, panel.from);
-    for (int64_t row = panel.from; row < panel.to; ++row) {
-        if (next < part.kept && part.ids[next] == row) {
-            add_line(panel, part, next++, row);
-        } else if (part.mean && row < part.mean_rows) {
-            for (int64_t i = 0; i < panel.count; ++i)
-                for (int t = 0; t < panel.tiles[i].lanes; ++t) panel.sums_of(i, row)[t] += panel.tiles[i].inputs[p][t];
-        }
+    const int64_t mean_end = part.mean ? std::min(panel.to, part.mean_rows) : 0;
+    int64_t row = panel.from;
+    for (int64_t next = first_at_or_after(part.ids, part.kept, row); row < panel.to; ++row, ++next) {
+        const int64_t stored = next < part.kept && part.ids[next] < panel.to ? part.ids[next] : panel.to;
+        if (row < mean_end) add_mean(panel, p, row, std::min(stored, mean_end));
+        row = stored;
+        if (row < panel.to) add_line(panel, part, next, row);
     }
 }
 
@@ -220,11 +239,12 @@ void add_embedding(const Part& part, int64_t width, int64_t id, float* sum, floa
             break;
         }
         case Kind::low_rank: {
-            float* line = scratch + padded(part.kept);
-            decode_line(part.b, id, scratch);
+            float* line = scratch + part.kept * PANEL;
+            const int64_t within = id % CHUNK;
+            decode_columns(part, id - within, id + 1, scratch);
             for (int64_t r = 0; r < part.kept; ++r) {
                 decode_line(part.a, r, line);
-                add_line(line, scratch[r]);
+                add_line(line, scratch[r * PANEL + within]);
             }
             break;
         }

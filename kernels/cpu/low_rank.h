@@ -1,0 +1,51 @@
+// The second factor of the low-rank part. It lies column after column, [r][rows], so that vectors run over output rows and
+// nothing is summed across lanes; its scales, if it has any, are one a row.
+#pragma once
+
+#include "delta.h"
+
+namespace deltaserve {
+namespace {
+
+template <Codec C> inline F16 scaled(F16 values, const uint16_t* scales, int64_t row) {
+    if constexpr (!has_scales<C>) return values;
+    return multiply(values, decode<Codec::bf16>(reinterpret_cast<const uint8_t*>(scales + row)));
+}
+
+// sums[to - from] += b[from .. to] @ inputs [r]; `from` is a multiple of CHUNK
+template <Codec C> void low_rank_single(const Part& part, int64_t from, int64_t to, const float* inputs, float* sums) {
+    for (int64_t row = from; row < to; row += CHUNK, sums += CHUNK) {
+        const uint8_t* p = part.b.data + row / CHUNK * chunk_bytes<C>;
+        F16 total = zero<F16>();
+        for (int64_t r = 0; r < part.kept; ++r, p += part.b.line_bytes) total = fused(decode<C>(p), broadcast<F16>(inputs[r]), total);
+        store(sums, add(load<F16>(sums), scaled<C>(total, part.b.scales, row)));
+    }
+}
+inline void low_rank_single(const Part& part, int64_t from, int64_t to, const float* inputs, float* sums) {
+    with_codec(part.b.codec, [&](auto codec) { low_rank_single<decltype(codec)::value>(part, from, to, inputs, sums); });
+}
+
+// values [r][PANEL] = rows from .. to of b, transposed; `from` is a multiple of CHUNK
+inline void decode_columns(const Part& part, int64_t from, int64_t to, float* values) {
+    with_codec(part.b.codec, [&](auto codec) {
+        constexpr Codec C = decltype(codec)::value;
+        for (int64_t r = 0; r < part.kept; ++r) {
+            const uint8_t* p = part.b.data + r * part.b.line_bytes + from / CHUNK * chunk_bytes<C>;
+            for (int64_t row = from; row < to; row += CHUNK, p += chunk_bytes<C>)
+                store(values + r * PANEL + row - from, scaled<C>(decode<C>(p), part.b.scales, row));
+        }
+    });
+}
+
+// sums[rows][lanes] += b @ inputs [r][lanes], b as decode_columns gives it
+template <class F> void low_rank_tile(int64_t rank, int64_t rows, const float* values, const float* inputs, float* sums) {
+    for (int64_t row = 0; row < rows; ++row, sums += F::lanes) {
+        F total[2] = {load<F>(sums), zero<F>()};
+        for (int64_t r = 0; r < rank; ++r)
+            total[r % 2] = fused(broadcast<F>(values[r * PANEL + row]), load<F>(inputs + r * F::lanes), total[r % 2]);
+        store(sums, add(total[0], total[1]));
+    }
+}
+
+} // namespace
+} // namespace deltaserve
