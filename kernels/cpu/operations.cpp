@@ -3,7 +3,6 @@
 // one instruction set can be linked into another's code.
 #include "delta.h"
 
-#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -149,6 +148,8 @@ void add_line(const Panel& panel, const Part& part, int64_t line, int64_t row) {
         panel.add_product(row, panel.scratch, part.a.length, i, panel.tiles[i].x);
 }
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; } // not std's: see the head of this file
+
 // What every row from .. to gets, in the tiles' sums.
 void add_mean(const Panel& panel, int64_t p, int64_t from, int64_t to) {
     for (int64_t i = 0; i < panel.count; ++i) {
@@ -160,11 +161,11 @@ void add_mean(const Panel& panel, int64_t p, int64_t from, int64_t to) {
 }
 
 void add_rows(const Panel& panel, const Part& part, int64_t p) {
-    const int64_t mean_end = part.mean ? std::min(panel.to, part.mean_rows) : 0;
+    const int64_t mean_end = part.mean ? least(panel.to, part.mean_rows) : 0;
     int64_t row = panel.from;
     for (int64_t next = first_at_or_after(part.ids, part.kept, row); row < panel.to; ++row, ++next) {
         const int64_t stored = next < part.kept && part.ids[next] < panel.to ? part.ids[next] : panel.to;
-        if (row < mean_end) add_mean(panel, p, row, std::min(stored, mean_end));
+        if (row < mean_end) add_mean(panel, p, row, least(stored, mean_end));
         row = stored;
         if (row < panel.to) add_line(panel, part, next, row);
     }
