@@ -2,7 +2,7 @@
 
 Peak memory is about four times the largest tensor in float32 (base, fine-tune, their difference, and what a method
 needs of it) and twice the encoded output; never a whole model. Two things that are only done when they are needed do
-hold models: computing a base's profile for the first time (one model), searching q and ``evaluate`` (two).
+hold models: computing a base's profile for the first time (one model), tuning q and ``evaluate`` (two).
 """
 
 import os
@@ -18,23 +18,22 @@ from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.calibration import calibration_samples, profile_for
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
-from deltaserve.delta_store.codec.specs import SparseSpec, Spec
-from deltaserve.delta_store.codec.xor import XorPayload
+from deltaserve.delta_store.codec.parts import Stored
+from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.lora import is_adapter
 from deltaserve.delta_store.plain_model import embedding_names
 from deltaserve.delta_store.profile import Profile
-from deltaserve.delta_store.pruning.darex import SEARCH_TOKENS, divided, search
 from deltaserve.delta_store.pruning.methods import METHODS, Method
 from deltaserve.delta_store.pruning.methods import method as method_named
 from deltaserve.delta_store.pruning.options import Options, Value
+from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, divided
 from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.delta_store.quality import EVALUATION_TOKENS, Quality, measure
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
 from deltaserve.delta_store.variant_files import differing_files
-from deltaserve.kernels.parts import Part
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
@@ -42,7 +41,7 @@ Progress = Callable[[str, int, int], None]
 Count = Callable[[int, int], None]
 """The same within one stage."""
 
-Parts = list[tuple[str, Spec, Part | XorPayload]]
+Parts = list[tuple[str, Spec, Stored]]
 """By parameter name, what stands for its delta."""
 
 
@@ -50,8 +49,8 @@ Parts = list[tuple[str, Spec, Part | XorPayload]]
 class Receipt:
     """What was written. ``full_bytes`` is the whole fine-tune in 16 bits; ``profile`` the digest that serving needs.
 
-    ``tensors_changed`` of ``tensors_total`` differ from the base's. ``q`` are the least and the largest number that a
-    search found to divide survivors by. ``warnings`` are for the user's eyes.
+    ``tensors_changed`` of ``tensors_total`` differ from the base's. ``q`` are the least and the largest number that
+    tuning found to divide survivors by. ``warnings`` are for the user's eyes.
     """
 
     path: str
@@ -87,7 +86,7 @@ def compress(
     """Write the artifact of ``fine_tuned`` (a checkpoint or a LoRA adapter) against ``base`` to ``out``.
 
     ``method`` is a key of ``METHODS``, by default ``weighted``, for an adapter ``lora``; ``options`` are those that it
-    takes. ``calibration`` is text for the base's profile or for the search of q, where the method needs one;
+    takes. ``calibration`` is text for the base's profile or for tuning, where the method needs one;
     ``profile`` is a file to take the profile from, or to write it to. ``evaluate`` is text to measure on; its report
     goes into the artifact. The same input, options and seed give the same file. Raises OptionError and what opening
     the checkpoints raises; then nothing is written.
@@ -100,7 +99,7 @@ def compress(
     fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
     _check_fits(chosen, fine_tune)
     held_out = None if evaluate is None else _evaluation_samples(evaluate, base_checkpoint, fine_tune)
-    searched = _search_samples(settings, calibration, base_checkpoint, fine_tune) if chosen.searches_q else []
+    tuned_on = _tuning_samples(settings, calibration, base_checkpoint, fine_tune) if chosen.tune else []
     progress("Fingerprint", 0, 1)
     base_fingerprint = fingerprint(base_checkpoint)
     weights = None
@@ -124,11 +123,11 @@ def compress(
             files=differing_files(base_checkpoint.folder, fine_tune.folder),
         )
 
-    if chosen.searches_q:
+    if chosen.tune:
         with _draft(out) as draft:
             write(draft, parts, None)
-            stage = _stage(progress, "Search q")
-            found = search(base_checkpoint, fine_tune, open_artifact(draft), searched, settings, stage)
+            stage = _stage(progress, "Tune")
+            found = chosen.tune(base_checkpoint, fine_tune, open_artifact(draft), tuned_on, settings, stage)
         parts = divided(parts, found)
     quality = None
     if held_out is not None:
@@ -146,7 +145,7 @@ def compress(
         tensors_changed=len({name for name, _, _ in parts}),
         tensors_total=fine_tune.tensor_count,
         profile=needed.digest if needed else None,
-        q=_divisors(parts) if chosen.searches_q else None,
+        q=_divisors(parts) if chosen.tune else None,
         warnings=warnings,
         quality=quality,
     )
@@ -166,9 +165,9 @@ def _check_output(out: Path) -> None:
 def _check_text(chosen: Method, settings: Options, calibration: Path | None, profile: Path | None) -> None:
     if profile and not chosen.needs_profile:
         raise OptionError(f"The method {chosen.name} uses no activation profile; leave profile out")
-    if calibration and not (chosen.needs_profile or chosen.searches_q):
-        raise OptionError(f"The method {chosen.name} runs no text (no activation profile, no search); leave it out")
-    if chosen.searches_q and settings.judge == "labels" and calibration is None:
+    if calibration and not (chosen.needs_profile or chosen.tune):
+        raise OptionError(f"The method {chosen.name} runs no text (no activation profile, no tuning); leave it out")
+    if settings.judge == "labels" and calibration is None:
         raise OptionError("To judge by labels, text with answers is needed; give calibration, or judge by output")
 
 
@@ -189,10 +188,10 @@ def _evaluation_samples(path: Path, base: Checkpoint, fine_tune: FineTune) -> li
     return read_samples(path, tokenizer, EVALUATION_TOKENS)
 
 
-def _search_samples(settings: Options, text: Path | None, base: Checkpoint, fine_tune: FineTune) -> list[Sample]:
+def _tuning_samples(settings: Options, text: Path | None, base: Checkpoint, fine_tune: FineTune) -> list[Sample]:
     if settings.judge == "labels" and base.architecture.head is None:
         raise OptionError(f"{base.architecture.name} predicts no tokens, so labels cannot judge it; judge by output")
-    return calibration_samples(base, text, SEARCH_TOKENS, fine_tune.folder, base.folder)
+    return calibration_samples(base, text, TUNING_TOKENS, fine_tune.folder, base.folder)
 
 
 def _facts(architecture: Architecture, profile: Profile | None) -> BaseFacts:
@@ -204,7 +203,7 @@ def _facts(architecture: Architecture, profile: Profile | None) -> BaseFacts:
 
 def _encode(
     chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, facts: BaseFacts, progress: Count
-) -> Iterator[tuple[str, Spec, Part | XorPayload]]:
+) -> Iterator[tuple[str, Spec, Stored]]:
     for done, change in enumerate(fine_tune.changes()):
         progress(done, fine_tune.tensor_count)
         _check_shape(change.name, base.shape(base.held_as(change.name)))
@@ -225,7 +224,7 @@ def _is_weighted(parts: Parts) -> bool:
 
 
 def _divisors(parts: Parts) -> tuple[float, float] | None:
-    found = [spec.divisor for _, spec, _ in parts if isinstance(spec, SparseSpec)]
+    found = [spec.divisor for _, spec, _ in parts if isinstance(spec, SparseSpec | FactorsSpec)]
     return (min(found), max(found)) if found else None
 
 

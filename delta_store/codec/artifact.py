@@ -17,9 +17,9 @@ from torch import Tensor
 from deltaserve.delta_store.blobs import sync
 from deltaserve.delta_store.codec.columns import ColumnWeights
 from deltaserve.delta_store.codec.manifest import Manifest, parse
-from deltaserve.delta_store.codec.parts import check_length, decode, encode
+from deltaserve.delta_store.codec.parts import Stored, check_length, decode, encode
 from deltaserve.delta_store.codec.specs import SparseSpec, Spec, XorSpec
-from deltaserve.delta_store.codec.xor import XorPayload, restore
+from deltaserve.delta_store.codec.xor import restore
 from deltaserve.delta_store.errors import (
     ArtifactError,
     BaseMismatch,
@@ -130,7 +130,7 @@ def write_artifact(
     *,
     base: str,
     tied_head: bool,
-    parts: Iterable[tuple[str, Spec, Part | XorPayload]],
+    parts: Iterable[tuple[str, Spec, Stored]],
     profile: str | None = None,
     provenance: dict[str, JsonValue] | None = None,
     quality: dict[str, JsonValue] | None = None,

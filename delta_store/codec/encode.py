@@ -1,10 +1,12 @@
 """From float values to the part that a specification describes: what every pruning method ends with."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from deltaserve.delta_store.codec.columns import ColumnWeights, explicit_factors, seeded_columns
-from deltaserve.delta_store.codec.specs import DenseSpec, LowRankSpec, RowsSpec, SparseSpec
+from deltaserve.delta_store.codec.specs import DenseSpec, FactorsSpec, LowRankSpec, RowsSpec, SparseSpec
 from deltaserve.delta_store.codec.values import quantise
 from deltaserve.kernels.codes import FLOAT_CODECS
 from deltaserve.kernels.parts import Dense, LowRank, Rows, Sparse
@@ -33,6 +35,19 @@ def low_rank(a: Tensor, b: Tensor, spec: LowRankSpec) -> LowRank:
         a, b = a * sizes[:, None], b / sizes
     a_codes = quantise(a, spec.codec, row_group(spec.codec, a.shape[1]))
     return LowRank(spec.shape, a_codes, quantise(b, spec.codec, spec.group))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseFactors:
+    """Two pruned factors as they are stored: ``a`` ``[r, in]``, ``b`` transposed ``[r, out]``. Decoded, a LowRank."""
+
+    a: Sparse
+    b: Sparse
+
+
+def sparse_factors(a: Tensor, b: Tensor, spec: FactorsSpec, name: str) -> SparseFactors:
+    """The survivors of ``a`` ``[r, in]`` and ``b`` ``[out, r]`` for parameter ``name``."""
+    return SparseFactors(seeded_sparse(a, spec.a, f"{name}:a"), seeded_sparse(b.T, spec.b, f"{name}:b"))
 
 
 def dense(values: Tensor, spec: DenseSpec) -> Dense:

@@ -3,6 +3,7 @@
 ========  ================================================================
 sparse    numbers; explicit columns: ascending
 low_rank  numbers of ``a``, numbers of ``b``
+factors   the same of survivors alone, ``b`` transposed
 dense     numbers
 rows      numbers, mean (float32 ``[in]``, if there is one), ids: ascending
 xor       CRC-32 of the fine-tune, zstd of byte planes (``xor.py``)
@@ -20,13 +21,17 @@ import torch
 from torch import Tensor
 
 from deltaserve.delta_store.codec.columns import ColumnWeights, explicit_factors, seeded_columns
-from deltaserve.delta_store.codec.encode import row_group
+from deltaserve.delta_store.codec.encode import SparseFactors, row_group
 from deltaserve.delta_store.codec.planes import expand_ascending, squeeze_ascending
-from deltaserve.delta_store.codec.specs import DenseSpec, LowRankSpec, RowsSpec, SparseSpec, Spec, XorSpec
+from deltaserve.delta_store.codec.specs import DenseSpec, FactorsSpec, LowRankSpec, RowsSpec, SparseSpec, Spec, XorSpec
 from deltaserve.delta_store.codec.xor import CRC_BYTES, XorPayload, restore
 from deltaserve.delta_store.errors import ArtifactError, BaseMismatch, CorruptArtifact
 from deltaserve.kernels.codes import BITS, FLOAT_CODECS, float_codes
-from deltaserve.kernels.parts import Codes, Dense, LowRank, Part, Rows, Sparse
+from deltaserve.kernels.parts import Codes, Delta, Dense, LowRank, Part, Rows, Sparse
+from deltaserve.kernels.reference import unpack
+
+Stored = Part | SparseFactors | XorPayload
+"""What can be written: parts as kernels take them, and two kinds that become such parts when they are decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ def check_length(spec: Spec, length: int) -> None:
         raise CorruptArtifact(f"a {spec.kind} part has {length} bytes where its specification asks for {least}")
 
 
-def encode(part: Part | XorPayload, spec: Spec) -> bytes:
+def encode(part: Stored, spec: Spec) -> bytes:
     """The part's bytes. Raises ArtifactError if part and specification do not agree."""
     match part, spec:
         case Sparse(), SparseSpec():
@@ -61,6 +66,8 @@ def encode(part: Part | XorPayload, spec: Spec) -> bytes:
             return _encode_codes(spec, part.values) + columns
         case LowRank(), LowRankSpec():
             return _encode_codes(spec, part.a, part.b)
+        case SparseFactors(), FactorsSpec():
+            return _encode_codes(spec, part.a.values, part.b.values)
         case Dense(), DenseSpec():
             return _encode_codes(spec, part.values)
         case Rows(), RowsSpec() if spec.has_mean == (part.mean is not None):
@@ -87,6 +94,9 @@ def decode(data: Tensor, spec: Spec, name: str, profile: ColumnWeights | None, b
             return Sparse(spec.shape, seeded, codes[0], factors)
         case LowRankSpec():
             return LowRank(spec.shape, *codes)
+        case FactorsSpec():
+            a = _decode_factor(spec.a, f"{name}:a", codes[0])
+            return LowRank(spec.shape, float_codes(a), float_codes(_decode_factor(spec.b, f"{name}:b", codes[1]).T))
         case DenseSpec():
             return Dense(spec.shape, *codes)
         case RowsSpec():
@@ -103,6 +113,8 @@ def _numbers(spec: Spec) -> tuple[Numbers, ...]:
             out, width = spec.shape
             a = Numbers(spec.codec, (spec.rank, width), row_group(spec.codec, width))
             return a, Numbers(spec.codec, (out, spec.rank), spec.group)
+        case FactorsSpec():
+            return _numbers(spec.a) + _numbers(spec.b)
         case DenseSpec():
             return (Numbers(spec.codec, spec.shape, spec.group),)
         case RowsSpec():
@@ -147,6 +159,12 @@ def _decode_rows(spec: RowsSpec, values: Codes, rest: Tensor) -> Rows:
     mean = _finite(rest[:mean_bytes], torch.float32) if spec.has_mean else None
     ids = expand_ascending(_bytes(rest[mean_bytes:]), 1, spec.count, spec.shape[0])[0]
     return Rows(spec.shape, torch.from_numpy(ids), values, mean, spec.base_rows)
+
+
+def _decode_factor(spec: SparseSpec, name: str, codes: Codes) -> Tensor:
+    """float32 ``[rank, width]``"""
+    columns, factors = seeded_columns(spec, name, None)
+    return unpack(Delta(spec.shape, (Sparse(spec.shape, columns, codes, factors),)))
 
 
 def _decode_xor(spec: XorSpec, data: Tensor, base: Tensor | None) -> Dense:

@@ -14,6 +14,9 @@ from deltaserve.kernels.codes import FLOAT_CODECS
 SIDE_LIMIT = 1 << 20
 """Most rows or columns: four times the largest vocabulary known; a float32 vector of that many is 4 MiB."""
 
+FACTORS_LIMIT = 1 << 26
+"""Most numbers of two pruned factors, which are decoded whole (256 MiB): their file may be far smaller."""
+
 Codec = Literal["float32", "bf16", "int8", "int4", "int2", "sign"]
 Side = Annotated[int, Field(ge=1, le=SIDE_LIMIT)]
 Matrix = tuple[Side, Side]
@@ -86,6 +89,53 @@ class LowRankSpec(Model):
         return self
 
 
+class FactorsSpec(Model):
+    """``b @ a`` of two pruned factors: ``a`` ``[rank, in]``, and ``b`` transposed, ``[rank, out]``.
+
+    They are uniform sparse parts of block 1, drawn for ``<parameter>:a`` and ``<parameter>:b``. ``divisor`` is that of
+    ``a``; the survivors of ``b`` are divided by their probability.
+    """
+
+    kind: Literal["factors"] = "factors"
+    shape: Matrix
+    transposed: bool = False
+    rank: Side
+    kept_a: Side
+    kept_b: Side
+    codec: Codec
+    group: Group
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    divisor: Annotated[float, Field(ge=1e-6, le=1e6)]
+
+    @property
+    def a(self) -> SparseSpec:
+        return self._sparse(self.shape[1], self.kept_a, self.divisor)
+
+    @property
+    def b(self) -> SparseSpec:
+        """Of ``b`` transposed."""
+        return self._sparse(self.shape[0], self.kept_b, self.kept_b / self.shape[0])
+
+    def _sparse(self, width: int, kept: int, divisor: float) -> SparseSpec:
+        return SparseSpec(
+            shape=(self.rank, width),
+            mask="uniform",
+            kept=kept,
+            block=1,
+            codec=self.codec,
+            group=self.group,
+            seed=self.seed,
+            divisor=divisor,
+        )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "FactorsSpec":
+        if self.rank * sum(self.shape) > FACTORS_LIMIT:
+            raise ValueError(f"factors of rank {self.rank} for {list(self.shape)} exceed {FACTORS_LIMIT} numbers")
+        _ = self.a, self.b
+        return self
+
+
 class DenseSpec(Model):
     """Every value, with a scale for each ``group`` (1 for the float codecs)."""
 
@@ -142,7 +192,7 @@ class XorSpec(Model):
         return prod(self.shape) * self.item_bytes
 
 
-Spec = Annotated[SparseSpec | LowRankSpec | DenseSpec | RowsSpec | XorSpec, Field(discriminator="kind")]
+Spec = Annotated[SparseSpec | LowRankSpec | FactorsSpec | DenseSpec | RowsSpec | XorSpec, Field(discriminator="kind")]
 
 
 def _check_group(codec: str, group: int, unit: int) -> None:

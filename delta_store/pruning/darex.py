@@ -8,26 +8,24 @@ whole model, and the model's predictions judge. rho is the whole model's (one q)
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaserve.delta_store.calibration import watching
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
-from deltaserve.delta_store.codec.specs import SparseSpec, Spec
-from deltaserve.delta_store.codec.xor import XorPayload
 from deltaserve.delta_store.fine_tune import FineTune
+from deltaserve.delta_store.pruning.layer_inputs import look_at_inputs
 from deltaserve.delta_store.pruning.options import Options
+from deltaserve.delta_store.pruning.tuning import survivors
 from deltaserve.delta_store.quality import full_model, loss, merged_model, output_change, outputs
 from deltaserve.delta_store.text import Sample
-from deltaserve.kernels.parts import Delta, Part, Sparse
+from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.reference import unpack
 
-SEARCH_TOKENS = 512
 COARSE, FINE = 2.0, (2**0.5, 2**0.25)
 PATIENCE = 2
 EXPECTED_TRIALS = 12
@@ -52,7 +50,7 @@ def search(
     Judged on ``samples``: by the loss of their scored tokens (``labels``), or by how far outputs are from the full
     fine-tune's (``output``). Takes the memory of two models in float32, and of the outputs.
     """
-    names = [name for name in artifact.names if isinstance(artifact.specs(name)[0], SparseSpec)]
+    names = survivors(artifact)
     full = full_model(base, fine_tune)
     rho = _noise_shares(full, base, names, samples[0])
     judge = _judge(full, samples, options)
@@ -106,23 +104,15 @@ def _judge(full: Any, samples: Sequence[Sample], options: Options) -> Callable[[
     return partial(output_change, samples=samples, wanted=[outputs(full, sample) for sample in samples])
 
 
-def _noise_shares(model: Any, base: Checkpoint, names: Sequence[str], sample: Sample) -> Shares:
+def _noise_shares(full: Any, base: Checkpoint, names: Sequence[str], sample: Sample) -> Shares:
     """By weight (sum Q, sum S**2) over the sample's tokens and the weight's rows; of a layer not reached, zeros."""
     sums = dict.fromkeys(names, (0.0, 0.0))
-    layers = {module: name for name, module in model.named_modules() if f"{name}.weight" in sums}
-    parameters = dict(model.named_parameters())
 
-    def add(layer: str, inputs: Tensor) -> None:
-        name = f"{layer}.weight"
-        delta = parameters[name] - base.read(base.held_as(name)).float()
-        delta = delta if name in base.architecture.transposed else delta.T
-        x = inputs.reshape(-1, inputs.shape[-1])
-        noise, signal = sums[name]
-        noise += (x.square().sum(0) @ delta.square().sum(1)).item()
-        sums[name] = (noise, signal + (x @ delta).square().sum().item())
+    def look(name: str, x: Tensor, delta: Tensor) -> None:
+        noise = (x.square().sum(0) @ delta.square().sum(1)).item()
+        sums[name] = (noise, (x @ delta).square().sum().item())
 
-    with watching(layers, add):
-        model.base_model(input_ids=torch.tensor([sample.ids]), use_cache=False)
+    look_at_inputs(full, base, names, [sample], look)
     return sums
 
 
@@ -148,16 +138,3 @@ class _Pruned:
         for name, (parameter, matrix) in self.sparse.items():
             parameter.add_(matrix, alpha=1 / multiples[name] - 1 / self.divided_by[name])
             self.divided_by[name] = multiples[name]
-
-
-def divided(
-    parts: Sequence[tuple[str, Spec, Part | XorPayload]], multiples: Mapping[str, float]
-) -> list[tuple[str, Spec, Part | XorPayload]]:
-    """The parts with every sparse one divided by its weight's multiple."""
-    return [(name, *_divided(spec, part, multiples.get(name, 1.0))) for name, spec, part in parts]
-
-
-def _divided(spec: Spec, part: Part | XorPayload, by: float) -> tuple[Spec, Part | XorPayload]:
-    if not isinstance(spec, SparseSpec) or not isinstance(part, Sparse):
-        return spec, part
-    return spec.model_copy(update={"divisor": spec.divisor * by}), replace(part, factors=part.factors / by)

@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.pruning.darex import search
 from deltaserve.delta_store.pruning.dense import dense
 from deltaserve.delta_store.pruning.exact import lora, lossless
-from deltaserve.delta_store.pruning.importance import magnitude, wanda
+from deltaserve.delta_store.pruning.factors import lora_darex
+from deltaserve.delta_store.pruning.importance import magnitude, unbiased_outputs, wanda
 from deltaserve.delta_store.pruning.low_rank import low_rank
 from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.pruning.random_drop import dare, darex, weighted
 from deltaserve.delta_store.pruning.residual import dense_residual, low_rank_residual
 from deltaserve.delta_store.pruning.structural import structural
+from deltaserve.delta_store.pruning.tuning import Tune
 from deltaserve.delta_store.pruning.weights import Function, of_linears
 
 
@@ -19,8 +22,8 @@ from deltaserve.delta_store.pruning.weights import Function, of_linears
 class Method:
     """A row of the table. ``defaults`` are the options that the method takes; ``source`` is where it is from.
 
-    ``needs_profile``: it looks at the base's activation profile. ``searches_q``: once all is pruned, the number that
-    survivors are divided by is searched with the whole model.
+    ``needs_profile``: it looks at the base's activation profile. ``tune`` finds, once all is pruned and with the whole
+    model on text, what survivors are divided by.
     """
 
     name: str
@@ -28,7 +31,7 @@ class Method:
     defaults: Mapping[str, Value]
     source: str
     needs_profile: bool = False
-    searches_q: bool = False
+    tune: Tune | None = None
     for_adapters: bool = True
     for_checkpoints: bool = True
 
@@ -69,7 +72,7 @@ METHODS = {
                 "per": "model",
             },
             "DAREx-q (arXiv:2410.09344)",
-            searches_q=True,
+            tune=search,
         ),
         Method(
             "magnitude",
@@ -83,6 +86,7 @@ METHODS = {
             {"drop": 0.95, "block": 16, "codec": "int4", "rank": 4},
             "Wanda (arXiv:2306.11695) on the delta as in DAREx (arXiv:2410.09344), with an unbiased scale",
             needs_profile=True,
+            tune=unbiased_outputs,
         ),
         Method(
             "structural",
@@ -113,11 +117,19 @@ METHODS = {
         Method(
             "dense-residual",
             of_linears(dense_residual),
-            {"drop": 0.98, "block": 16, "codec": "sign", "seed": 0, "rank": 4},
+            {"drop": 0.5, "block": 16, "codec": "sign", "seed": 0, "rank": 4},
             "BitDelta (arXiv:2402.10193) plus weighted drop of the rest",
             needs_profile=True,
         ),
         Method("lora", lora, {}, "LoRA (arXiv:2106.09685)", for_checkpoints=False),
+        Method(
+            "lora-darex",
+            lora_darex,
+            {"drop": 0.5, "codec": "int4", "seed": 0, "judge": "output", "per": "model"},
+            "DAREx-q (arXiv:2410.09344) on the factors of LoRA (arXiv:2106.09685)",
+            tune=search,
+            for_checkpoints=False,
+        ),
         Method("lossless", lossless, {}, "BitX in ZipLLM (arXiv:2505.06252)", for_adapters=False),
     )
 }

@@ -7,14 +7,13 @@ is unbiased alone, and a draw from what it leaves out would multiply its varianc
 from collections.abc import Iterator
 from dataclasses import replace
 
-from deltaserve.delta_store.codec.xor import XorPayload
 from deltaserve.delta_store.pruning.dense import dense
 from deltaserve.delta_store.pruning.low_rank import low_rank
 from deltaserve.delta_store.pruning.options import Options
 from deltaserve.delta_store.pruning.random_drop import weighted
 from deltaserve.delta_store.pruning.weights import BaseFacts, Prune, Weight
 from deltaserve.delta_store.pruning.whole import Encoded
-from deltaserve.kernels.parts import Delta
+from deltaserve.kernels.parts import Delta, Part
 from deltaserve.kernels.reference import unpack
 
 
@@ -32,6 +31,6 @@ def _with_residual(first: Prune, weight: Weight, options: Options, facts: BaseFa
     remainder = weight.matrix.clone()
     for spec, part in first(weight, options, facts):
         yield spec, part
-        if not isinstance(part, XorPayload):
+        if isinstance(part, Part):
             remainder -= unpack(Delta(spec.shape, (part,)))
     yield from weighted(replace(weight, matrix=remainder), options, facts)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from deltaserve.delta_store.codec import encode
+from deltaserve.delta_store.codec.parts import Stored
 from deltaserve.delta_store.codec.specs import Codec, DenseSpec, LowRankSpec, RowsSpec, Spec
-from deltaserve.delta_store.codec.xor import XorPayload
 from deltaserve.delta_store.delta import TensorDelta
 from deltaserve.kernels.codes import FLOAT_CODECS
-from deltaserve.kernels.parts import Part
 
 GROUP = 64
 """Values that share a scale, about; a multiple of every block."""
@@ -19,7 +18,7 @@ EMBEDDING_CODEC: Codec = "int8"
 OVERSAMPLING = 8
 POWER_ITERATIONS = 4
 
-Encoded = tuple[Spec, Part | XorPayload]
+Encoded = tuple[Spec, Stored]
 
 
 def difference(delta: TensorDelta) -> Tensor:

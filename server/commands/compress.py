@@ -26,7 +26,7 @@ def command(
         str | None,
         typer.Option(
             help="weighted (default), lora (default for adapters), dare, darex, magnitude, wanda, structural, "
-            "low-rank, dense, low-rank-residual, dense-residual or lossless."
+            "low-rank, dense, low-rank-residual, dense-residual, lora-darex or lossless."
         ),
     ] = None,
     drop: Annotated[float | None, typer.Option(help="p, the fraction pruned: 0.98 keeps 2 %.")] = None,
