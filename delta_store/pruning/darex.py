@@ -51,6 +51,8 @@ def search(
     fine-tune's (``output``). Takes the memory of two models in float32, and of the outputs.
     """
     names = survivors(artifact)
+    if options.drop == 0:
+        return dict.fromkeys(names, 1.0)
     full = full_model(base, fine_tune)
     rho = _noise_shares(full, base, names, samples[0])
     judge = _judge(full, samples, options)

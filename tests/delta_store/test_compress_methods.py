@@ -5,24 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_deltas import tensor_delta
 from tiny_models import fine_tuned, save, tiny_gpt2, tiny_llama
 
 from deltaserve.delta_store.checkpoint import open_checkpoint
-from deltaserve.delta_store.codec import parts
 from deltaserve.delta_store.codec.artifact import open_artifact
-from deltaserve.delta_store.codec.specs import FactorsSpec
 from deltaserve.delta_store.compress import compress
 from deltaserve.delta_store.delta import deltas
-from deltaserve.delta_store.fine_tune import Change, open_fine_tune
+from deltaserve.delta_store.fine_tune import open_fine_tune
 from deltaserve.delta_store.merge import variant_tensors
 from deltaserve.delta_store.plain_model import embedding_names
 from deltaserve.delta_store.profile import Profile, profile_of
 from deltaserve.delta_store.pruning.methods import METHODS
 from deltaserve.delta_store.pruning.options import Value
 from deltaserve.delta_store.pruning.weights import BaseFacts
-from deltaserve.kernels.codes import decode
-from deltaserve.kernels.parts import Delta, LowRank, Part
+from deltaserve.kernels.parts import Delta, Part
 from deltaserve.kernels.reference import unpack
 
 UNTUNED = [n for n, row in METHODS.items() if row.for_checkpoints and row.tune is None and n != "lossless"]
@@ -98,44 +94,3 @@ def test_a_head_of_its_own_and_added_rows_survive(tmp_path: Path) -> None:
             assert {spec.kind for spec in artifact.specs(tensor)} == {"rows", "low_rank"}
             assert torch.equal(dict(variant_tensors(checkpoint, artifact, None))[tensor][64:], rows)
     assert len(added) == 2
-
-
-@pytest.mark.parametrize("drop", [0.0, 0.5])
-def test_an_adapters_factors_are_pruned_each_for_itself(drop: float, tmp_path: Path) -> None:
-    """Nothing dropped and in float32, they are its own; half of both dropped and in int8, an eighth of the bytes."""
-    base = save(tiny_llama(), tmp_path / "base")
-    torch.manual_seed(3)
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
-    exact = compress(base, tmp_path / "adapter", tmp_path / "exact")
-    options: dict[str, Value] = {"drop": drop, "codec": "int8" if drop else "float32"}
-    receipt = compress(base, tmp_path / "adapter", tmp_path / "out", method="lora-darex", options=options)
-    artifact, original = open_artifact(tmp_path / "out"), open_artifact(tmp_path / "exact")
-    assert {spec.kind for name in artifact.names for spec in artifact.specs(name)} == {"factors"}
-    for name in artifact.names:
-        (part,), (whole,) = artifact.delta(name).parts, original.delta(name).parts
-        assert isinstance(part, LowRank)
-        assert isinstance(whole, LowRank)
-        for pruned, full in ((decode(part.a), decode(whole.a)), (decode(part.b), decode(whole.b))):
-            assert (pruned == 0).sum() == drop * pruned.numel()
-            if not drop:
-                torch.testing.assert_close(pruned, full)
-    if drop:
-        assert artifact.totals()["factors"] < 0.13 * original.totals()["low_rank"]
-    assert (exact.q, receipt.q is None) == (None, False)
-
-
-def test_factors_are_unbiased_over_the_seeds() -> None:
-    generator = torch.Generator().manual_seed(4)
-    a, b = torch.randn(4, 32, generator=generator), torch.randn(24, 4, generator=generator)
-    change = Change("layer.weight", False, lambda: tensor_delta(24, 32), (a, b))
-    row, draws = METHODS["lora-darex"], []
-    for seed in range(200):
-        ((spec, part),) = row.function(change, row.options({"seed": seed, "codec": "float32"}), BaseFacts())
-        assert isinstance(spec, FactorsSpec)
-        data = torch.frombuffer(bytearray(parts.encode(part, spec)), dtype=torch.uint8)
-        draws.append(unpack(Delta(spec.shape, (parts.decode(data, spec, "layer.weight", None, None),))))
-    stacked = torch.stack(draws)
-    error = (stacked.mean(0) - b @ a) / (stacked.std(0) / len(draws) ** 0.5)
-    assert error.square().mean() < 1.5
-    assert error.abs().max() < 6
