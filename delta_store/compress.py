@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.calibration import calibration_samples, profile_for
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
-from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
+from deltaserve.delta_store.codec.artifact import Artifact, open_artifact, write_artifact
 from deltaserve.delta_store.codec.parts import Stored
 from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
@@ -110,32 +110,16 @@ def compress(
     parts = list(_encode(chosen, settings, base_checkpoint, fine_tune, facts, _stage(progress, "Compress")))
     needed = weights if _is_weighted(parts) else None
     warnings = () if parts else (f"{fine_tune.folder.name} equals the base, so the artifact holds no delta",)
-
-    def write(path: Path, parts: Parts, quality: Quality | None) -> str:
-        return write_artifact(
-            path,
-            base=base_fingerprint,
-            tied_head=fine_tune.tied_head,
-            parts=parts,
-            profile=needed.digest if needed else None,
-            provenance=_provenance(chosen, settings, base_checkpoint, fine_tune, warnings),
-            quality=None if quality is None else asdict(quality),
-            files=differing_files(base_checkpoint.folder, fine_tune.folder),
-        )
-
+    file = _File(out, base_checkpoint, fine_tune, base_fingerprint, needed, chosen, settings, warnings)
     if chosen.tune:
-        with _draft(out) as draft:
-            write(draft, parts, None)
+        with file.draft(parts) as draft:
             stage = _stage(progress, "Tune")
-            found = chosen.tune(base_checkpoint, fine_tune, open_artifact(draft), tuned_on, settings, stage)
-        parts = divided(parts, found)
+            parts = divided(parts, chosen.tune(base_checkpoint, fine_tune, draft, tuned_on, settings, stage))
     quality = None
     if held_out is not None:
-        with _draft(out) as draft:
-            write(draft, parts, None)
-            stage = _stage(progress, "Evaluate")
-            quality = measure(base_checkpoint, fine_tune, open_artifact(draft), needed, held_out, stage)
-    digest = write(out, parts, quality)
+        with file.draft(parts) as draft:
+            quality = measure(base_checkpoint, fine_tune, draft, needed, held_out, _stage(progress, "Evaluate"))
+    digest = file.write(out, parts, quality)
     return Receipt(
         path=str(out),
         digest=digest,
@@ -149,6 +133,56 @@ def compress(
         warnings=warnings,
         quality=quality,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _File:
+    """Everything about an artifact that is to be written to ``out`` but its parts and their quality."""
+
+    out: Path
+    base: Checkpoint
+    fine_tune: FineTune
+    base_fingerprint: str
+    profile: Profile | None
+    method: Method
+    options: Options
+    warnings: tuple[str, ...]
+
+    def write(self, path: Path, parts: Parts, quality: Quality | None) -> str:
+        """Returns the digest."""
+        return write_artifact(
+            path,
+            base=self.base_fingerprint,
+            tied_head=self.fine_tune.tied_head,
+            parts=parts,
+            profile=self.profile.digest if self.profile else None,
+            provenance=self._provenance(),
+            quality=None if quality is None else asdict(quality),
+            files=differing_files(self.base.folder, self.fine_tune.folder),
+        )
+
+    @contextmanager
+    def draft(self, parts: Parts) -> Iterator[Artifact]:
+        """The artifact as far as it is known, in a file beside ``out`` that is gone afterwards."""
+        path = self.out.with_name(f".{self.out.name}.{os.getpid()}.draft")
+        try:
+            self.write(path, parts, None)
+            yield open_artifact(path)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _provenance(self) -> dict[str, JsonValue]:
+        """How the artifact came to be; no times and no paths, so that the same work gives the same file."""
+        return {
+            "method": self.method.name,
+            "options": {name: getattr(self.options, name) for name in self.method.defaults},
+            "base": self.base.folder.name,
+            "fine_tuned": self.fine_tune.folder.name,
+            "dtype": str(self.fine_tune.dtype).removeprefix("torch."),
+            "parameters": self.fine_tune.parameters,
+            "warnings": list(self.warnings),
+            "deltaserve": _version(),
+        }
 
 
 def _chosen(name: str | None, fine_tuned: str | Path) -> Method:
@@ -228,22 +262,6 @@ def _divisors(parts: Parts) -> tuple[float, float] | None:
     return (min(found), max(found)) if found else None
 
 
-def _provenance(
-    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, warnings: tuple[str, ...]
-) -> dict[str, JsonValue]:
-    """How the artifact came to be; no times and no paths, so that the same work gives the same file."""
-    return {
-        "method": chosen.name,
-        "options": {name: getattr(settings, name) for name in chosen.defaults},
-        "base": base.folder.name,
-        "fine_tuned": fine_tune.folder.name,
-        "dtype": str(fine_tune.dtype).removeprefix("torch."),
-        "parameters": fine_tune.parameters,
-        "warnings": list(warnings),
-        "deltaserve": _version(),
-    }
-
-
 def _version() -> str:
     try:
         return version("deltaserve")
@@ -253,13 +271,3 @@ def _version() -> str:
 
 def _stage(progress: Progress, name: str) -> Count:
     return lambda done, total: progress(name, done, total)
-
-
-@contextmanager
-def _draft(out: Path) -> Iterator[Path]:
-    """A file beside ``out`` that is gone afterwards."""
-    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
-    try:
-        yield draft
-    finally:
-        draft.unlink(missing_ok=True)

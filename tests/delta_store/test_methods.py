@@ -162,7 +162,7 @@ def test_lossless_is_one_xor_part() -> None:
         (
             "best",
             {},
-            "known are: weighted, dare, darex, magnitude, wanda, structural, low-rank, .*, lora, lossless",
+            "known are: weighted, dare, darex, magnitude, wanda, structural, low-rank, .*, lora, lora-darex, lossless",
         ),
         ("lossless", {"drop": 0.5}, "takes: no options"),
         ("dare", {"divisor": 2}, "no option divisor; it takes: drop, block, codec, seed, rank"),
