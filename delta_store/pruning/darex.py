@@ -28,7 +28,8 @@ from deltaserve.kernels.reference import unpack
 
 COARSE, FINE = 2.0, (2**0.5, 2**0.25)
 PATIENCE = 2
-EXPECTED_TRIALS = 12
+SMALLEST = 1 / 64
+EXPECTED_TRIALS = 15
 
 Score = Callable[[float], float]
 
@@ -79,24 +80,21 @@ def multiples(rho: Shares, eta: float, options: Options) -> dict[str, float]:
 
 
 def minimise(score: Score) -> float:
-    """The number of 0 or more with about the least ``score``: from 1 by factors of two up and down, then finer."""
+    """The number of 0 or more with about the least ``score``: from 1 by factors of two up and down, then finer.
+
+    A walk goes on while it gets better than it was, though 0 be better still: the least may lie between.
+    """
     scores = {eta: score(eta) for eta in (0.0, 1.0)}
-
-    def improves(eta: float) -> bool:
-        best = min(scores.values())
-        scores[eta] = score(eta)
-        return scores[eta] < best
-
     for factor in (COARSE, 1 / COARSE):
         eta, misses = 1.0, 0
-        while misses < PATIENCE:
-            eta *= factor
-            misses = 0 if improves(eta) else misses + 1
+        while misses < PATIENCE and eta > SMALLEST:
+            before, eta = scores[eta], eta * factor
+            scores[eta] = score(eta)
+            misses = 0 if scores[eta] < before else misses + 1
     for factor in FINE:
         best = min(scores, key=scores.__getitem__)
         if best > 0:
-            improves(best * factor)
-            improves(best / factor)
+            scores |= {eta: score(eta) for eta in (best * factor, best / factor)}
     return min(scores, key=scores.__getitem__)
 
 
