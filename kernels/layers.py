@@ -39,7 +39,9 @@ class Layers:
         weight = self.weights[layer]
         return linear(x, weight.dense().to(x.dtype), None if weight.bias is None else weight.bias.to(x.dtype))
 
-    def add(self, layer: int, y: Tensor, x: Tensor, segments: Segments | None, delta_linear_: Callable[..., None]) -> None:
+    def add(
+        self, layer: int, y: Tensor, x: Tensor, segments: Segments | None, delta_linear_: Callable[..., None]
+    ) -> None:
         """Deltas and bias deltas of the batch's variants, in place."""
         if segments is None:
             return

@@ -152,7 +152,7 @@ def layers(weights: Sequence[Weight], slots: int) -> Layers:
 
 
 def linear(x: Tensor, layers: Layers, segments: Segments | None) -> list[Tensor]:
-    """``y = x @ weight.T + bias``, then ``y[rows of slot] += x[rows of slot] @ delta[slot].T + bias delta``, each layer.
+    """Each layer's ``y = x @ weight.T + bias``, then ``y[rows] += x[rows] @ delta[slot].T + bias delta`` for every slot.
 
     ``x`` ``[rows, in]``; ``segments`` None: all rows are the base's. Returns ``[rows, out]`` for each layer.
     """

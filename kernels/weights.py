@@ -8,7 +8,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """``values`` ``[out, in]``, contiguous: float32, bfloat16 or float16, or int8 with ``scales`` float32 ``[out]``.
+    """``values`` ``[out, in]``, contiguous: float32, bfloat16 or float16, or int8 with ``scales`` float32 ``[out]``,
+    none of them zero.
 
     ``bias`` ``[out]`` or None. The tensors are the model's own, not copies: what is swapped into them counts.
     """
@@ -24,6 +25,6 @@ class Weight:
 
 def quantised(values: Tensor, bias: Tensor | None = None) -> Weight:
     """Weight-only int8: each row's largest magnitude becomes 127; a row of zeros stays zeros."""
-    scales = values.float().abs().amax(1) / 127
-    codes = (values.float() / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
-    return Weight(codes.to(torch.int8), scales, bias)
+    largest = values.float().abs().amax(1)
+    scales = torch.where(largest == 0, 1, largest / 127)
+    return Weight((values.float() / scales[:, None]).round().to(torch.int8), scales, bias)

@@ -58,7 +58,7 @@ struct Delta {
 struct Layer {
     const void* weight;         // [rows, width], row after row; nullptr where y already holds the base's product
     const float* scales;        // int8: [rows]
-    const float* bias;          // [rows] or nullptr
+    const float* bias;          // [rows] or nullptr; int8: divided by the scales
     const Delta* const* deltas; // [slots], nullptr where a variant leaves the weight as it is
     const float* const* biases; // [slots] of float32 [rows], nullptr likewise; or nullptr where no slot has one
     int64_t slots;

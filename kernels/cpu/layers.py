@@ -42,6 +42,14 @@ def _address(one: Prepared | Tensor | None) -> int:
     return 0 if one is None else one.address if isinstance(one, Prepared) else one.data_ptr()
 
 
+def _bias_of(weight: Weight) -> Tensor | None:
+    """As ``Layer`` of delta.h has it."""
+    if weight.bias is None:
+        return None
+    bias = weight.bias.float().contiguous()
+    return bias if weight.scales is None else bias / weight.scales
+
+
 class Layers:
     """``weights``, each with a bank of ``slots`` deltas and of biases (float32 ``[out]``).
 
@@ -54,7 +62,7 @@ class Layers:
         self.out = tuple(len(weight.values) for weight in weights)
         self.banks = tuple(Slots([None] * slots) for _ in weights)
         self.biases = tuple(Slots([None] * slots) for _ in weights)
-        self._kept = [None if weight.bias is None else weight.bias.float().contiguous() for weight in weights]
+        self._kept = [_bias_of(weight) for weight in weights]
         own = all(weight.values.dtype in _WEIGHT_CODECS and weight.values.is_contiguous() for weight in weights)
         self.whole = self._structs(with_weights=True) if own else None
         self.deltas = self._structs(with_weights=False)

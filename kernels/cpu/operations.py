@@ -54,7 +54,7 @@ class CpuBackend:
     slots = Slots
 
     def layers(self, weights: Sequence[Weight], slots: int) -> Layers:
-        """Prepare layers that read the same input for ``linear``; the first of a shape times which product serves it."""
+        """Prepare layers with one input for ``linear``; the first of its shapes times which product serves it best."""
         layers = Layers(weights, slots)
         if layers.whole is None:
             layers.products = ((1, plain),)
@@ -72,25 +72,26 @@ class CpuBackend:
         """
         rows = len(x)
         together = torch.empty(rows * sum(layers.out), dtype=x.dtype)
-        ys = [part.view(rows, -1) for part in together.split([rows * out for out in layers.out])]
+        parts = torch.split_with_sizes(together, [rows * out for out in layers.out])
+        ys = [part.view(rows, out) for part, out in zip(parts, layers.out, strict=True)]
         self._linear_(ys, x, layers, segments)
         return ys
 
     def linear_(self, y: Tensor, x: Tensor, layers: Layers, segments: Segments | None) -> None:
-        """``linear`` of one layer into ``y``, whose columns beyond the base's are added to, as ``delta_linear_`` does."""
+        """``linear`` of one layer into ``y``; to its columns beyond the base's a variant's added rows are added."""
         self._linear_([y], x, layers, segments)
 
     def _linear_(self, ys: Sequence[Tensor], x: Tensor, layers: Layers, segments: Segments | None) -> None:
         rows = len(x)
         product = next((product for most, product in layers.products if rows <= most), layers.products[-1][1])
         structs = layers.whole
-        if product is not None:
+        if product is not None and (structs is None or x.dtype == layers.weights[0].values.dtype):
             structs = layers.deltas
             for y, weight, out in zip(ys, layers.weights, layers.out, strict=True):
                 product(x, weight, y[:, :out])
             if segments is None or not segments.rows:
                 return
-        held = [[*bank.held, *biases.held] for bank, biases in zip(layers.banks, layers.biases, strict=True)]
+        held = [one.held.copy() for one in (*layers.banks, *layers.biases)]
         self._run(structs, len(layers.out), ys[0], x, None if segments is None or not segments.rows else segments)
         del held  # until here: another thread may empty a slot meanwhile
 

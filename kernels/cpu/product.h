@@ -66,7 +66,7 @@ inline void product_tile(const uint8_t* weight, int64_t width, const float* x, i
     for (int t = 0; t < T; ++t) sum_lanes<R>(total[t], sums[t]);
 }
 
-// y[T rows from `t`, R columns from `row`] = their product, scaled, with the bias, rounded once
+// y[T rows from `t`, R columns from `row`] = their product with the bias, scaled, rounded once
 template <Codec C, int R, int T>
 void product_rows(const Layer& layer, int64_t row, const float* x, int64_t stride, const Matrix& y, int64_t t, bool first) {
     float sums[T][R];
@@ -77,8 +77,8 @@ void product_rows(const Layer& layer, int64_t row, const float* x, int64_t strid
             auto* outputs = row_of<std::remove_pointer_t<decltype(type)>>(y, t + i) + row;
             for (int r = 0; r < R; ++r) {
                 float sum = sums[i][r];
-                if (C == Codec::int8) sum *= layer.scales[row + r];
                 if (layer.bias) sum += layer.bias[row + r];
+                if (C == Codec::int8) sum *= layer.scales[row + r]; // last: fused or not, the result is the same
                 outputs[r] = rounded<std::remove_pointer_t<decltype(type)>>(sum);
             }
         }

@@ -24,10 +24,11 @@ Product = Callable[[Tensor, Weight, Tensor], None]
 
 def plain(x: Tensor, weight: Weight, y: Tensor) -> None:
     """What ``F.linear`` runs."""
+    values = weight.dense().to(x.dtype).T
     if weight.bias is None:
-        torch.mm(x, weight.dense().T, out=y)
+        torch.mm(x, values, out=y)
     else:
-        torch.addmm(weight.bias, x, weight.dense().T, out=y)
+        torch.addmm(weight.bias.to(x.dtype), x, values, out=y)
 
 
 def transposed(x: Tensor, weight: Weight, y: Tensor) -> None:
@@ -44,7 +45,7 @@ Choice = tuple[tuple[int, Product | None], ...]
 
 
 def choose(weights: Sequence[Weight], own: Callable[[Weight], Product]) -> Choice:
-    """The fastest for each number of rows, measured on the largest of ``weights``; ``own`` prepares the kernels' own."""
+    """The fastest for each number of rows, measured on the largest of ``weights``; ``own`` prepares the kernels'."""
     weight = max(weights, key=lambda weight: weight.values.nbytes)
     if weight.scales is not None:
         return ((ROWS[-1], None),)  # torch would have to spell the weight out for every batch

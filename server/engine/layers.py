@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
-from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.segments import BASE, Segments
 from deltaserve.kernels.weights import Weight
 from deltaserve.server.engine.routing import Rows
 
@@ -145,9 +145,9 @@ class DeltaEmbedding(nn.Module):
 class DeltaNorm(nn.Module):
     """A norm of any family: one whose parameters are vectors and whose forward takes one tensor.
 
-    ``tables[parameter]`` ``[slots + 1, n]`` holds each variant's own vector and, last, the base's. Most families only
-    multiply by the weight, so all rows run at once with a vector each; the others (LayerNorm's fused kernel) run once
-    a variant.
+    ``tables[parameter]`` ``[1 + slots, n]`` holds the base's vector and, by slot, each variant's own. Most families
+    only multiply by the weight, so all rows run at once with a vector each; the others (LayerNorm's fused kernel) run
+    once a variant.
     """
 
     rows: Rows
@@ -168,18 +168,20 @@ class DeltaNorm(nn.Module):
 
     def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
         table = self.tables[parameter]
-        table[slot] = table[-1] if prepared is None else (table[-1].float() + prepared.to(table.device)).to(table.dtype)
+        own = table[0] if prepared is None else (table[0].float() + prepared.to(table.device)).to(table.dtype)
+        table[slot - BASE] = own
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self.rows.segments
         if segments is None:
             return super().forward(x)
         if self.takes_a_vector_each_row:
-            vectors = {name: _spread(table[self.rows.slots], x[0]) for name, table in self.tables.items()}
+            places = self.rows.places
+            vectors = {name: _spread(table.index_select(0, places), x[0]) for name, table in self.tables.items()}
             return _with_parameters(self, vectors, super().forward, x[0])[None]
         y: Tensor = super().forward(x)
         for slot, rows in segments.rows.items():
-            vectors = {name: table[slot] for name, table in self.tables.items()}
+            vectors = {name: table[slot - BASE] for name, table in self.tables.items()}
             y[0, rows] = _with_parameters(self, vectors, super().forward, x[0, rows])
         return y
 

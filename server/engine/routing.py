@@ -10,15 +10,15 @@ from deltaserve.kernels.segments import BASE, Segments
 class Rows:
     """The rows that one kind of layer sees. ``segments`` is None while none of them is a variant's.
 
-    ``slots`` int64 ``[rows]`` is the slot of each row, ``BASE`` for the base's; it means nothing while ``segments``
-    is None.
+    ``places`` int64 ``[rows]`` is where a table of the base's and then each slot's entry has that of each row; it means
+    nothing while ``segments`` is None.
     """
 
-    __slots__ = ("segments", "slots")
+    __slots__ = ("places", "segments")
 
     def __init__(self) -> None:
         self.segments: Segments | None = None
-        self.slots: Tensor
+        self.places: Tensor
 
     def assign(self, lengths: Sequence[int], slots: Sequence[int]) -> None:
         """Runs of ``lengths`` consecutive rows belong to ``slots``."""
@@ -26,7 +26,7 @@ class Rows:
             self.segments = None
             return
         segments = Segments.of(lengths, slots)
-        self.slots = segments.slot_of_row()
+        self.places = segments.slot_of_row() - BASE
         self.segments = segments
 
 

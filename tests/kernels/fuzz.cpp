@@ -16,8 +16,8 @@ using namespace deltaserve;
 
 extern "C" {
 const void* deltaserve_operations(const char* name);
-int32_t deltaserve_linear(const void*, void*, int64_t, int64_t, int64_t, int32_t, void*, int64_t, int64_t, int64_t, int32_t,
-                          const Delta* const*, int64_t, const int32_t*, const int32_t*, int64_t);
+int32_t deltaserve_linear(const void*, const Layer*, int64_t, void*, int64_t, int64_t, int64_t, int32_t, void*, int64_t, int64_t,
+                          int64_t, int32_t, const int32_t*, const int32_t*, int64_t);
 int32_t deltaserve_embedding(const void*, void*, int64_t, int64_t, int64_t, int32_t, const int64_t*, const Delta* const*,
                              int64_t, const int32_t*, const int32_t*, int64_t);
 int32_t deltaserve_swap(const void*, void*, int64_t, int64_t, int64_t, int32_t, const Delta*, void*, int32_t);
@@ -90,7 +90,8 @@ struct Made {
         } else if (kind == Kind::low_rank) {
             made.kept = between(1, 9);
             made.a = codes(made.kept, width, codec, group);
-            made.b = codes(rows, made.kept, codec, group);
+            made.b = codes(made.kept, rows, codec, group); // column after column, a scale for each row
+            if (made.b.scales) made.b.scales = keep(std::vector<uint16_t>((rows + CHUNK - 1) / CHUNK * CHUNK, 0x3f80));
         } else if (kind == Kind::dense) {
             made.a = codes(rows, width, codec, group);
         } else {
@@ -110,6 +111,33 @@ struct Made {
         bytes.reserve(64);
         for (int64_t p = 0; p < count; ++p) parts.push_back(part(sparse_only ? Kind::sparse : Kind(between(0, 3)), rows, width));
         delta = {rows, width, parts.data(), count, pick({0.0, 1e6})}; // 1e6: as many threads as there are
+    }
+};
+
+// Layers with one input: some with a weight of their own, some whose y is given, all with the same bank.
+struct Stack {
+    std::vector<std::vector<uint8_t>> weights;
+    std::vector<std::vector<float>> floats;
+    std::vector<const float*> biases;
+    std::vector<Layer> layers;
+
+    Stack(int64_t count, int64_t rows, int64_t width, const std::vector<const Delta*>& bank) {
+        floats.reserve(64);
+        const auto keep = [this](std::vector<float> values) { return floats.emplace_back(std::move(values)).data(); };
+        for (size_t slot = 0; slot < bank.size(); ++slot) biases.push_back(between(0, 1) ? keep(random_floats(rows)) : nullptr);
+        for (int64_t i = 0; i < count; ++i) {
+            const Codec codec = pick({Codec::float32, Codec::bf16, Codec::int8});
+            weights.emplace_back(rows * width * (codec == Codec::float32 ? 4 : codec == Codec::bf16 ? 2 : 1));
+            std::vector<uint8_t>& weight = weights.back();
+            for (size_t b = 0; b < weight.size(); ++b) weight[b] = uint8_t(between(0, 255));
+            if (codec == Codec::float32) std::memcpy(weight.data(), random_floats(rows * width).data(), weight.size());
+            if (codec == Codec::bf16) // exponents near 1
+                for (size_t b = 1; b < weight.size(); b += 2) weight[b] = uint8_t(0x3f | (weight[b] & 0x80));
+            const float* bias = between(0, 1) ? keep(random_floats(rows)) : nullptr;
+            const float* scales = codec == Codec::int8 ? keep(random_floats(rows)) : nullptr;
+            layers.push_back({between(0, 4) ? weight.data() : nullptr, scales, bias, bank.data(), between(0, 1) ? biases.data() : nullptr,
+                              int64_t(bank.size()), rows, width, codec, 0});
+        }
     }
 };
 
@@ -152,18 +180,19 @@ void round_of(const std::vector<const void*>& sets) {
         bank.push_back(between(0, 4) ? &made.back()->delta : nullptr);
     }
     Batch batch(between(1, 6), count);
-    const int64_t tokens = batch.rows();
+    const int64_t tokens = batch.rows(), layers = between(1, 3);
     if (between(0, 3) == 0) batch.spoil();
+    const Stack stack(layers, rows, width, bank);
     const std::vector<float> x = random_floats(tokens * width);
     std::vector<int64_t> ids(tokens);
     for (int64_t& id : ids) id = between(0, rows - (between(0, 50) ? 1 : 0)); // seldom one too far
 
     std::vector<float> first_y, first_embedding;
     for (const void* set : sets) {
-        std::vector<float> y(tokens * rows), embedding(tokens * width), input = x;
+        std::vector<float> y(layers * tokens * rows), embedding(tokens * width), input = x;
         const int32_t segments = int32_t(batch.slots.size());
-        deltaserve_linear(set, y.data(), rows, tokens, rows, 0, input.data(), width, tokens, width, 0, bank.data(), count,
-                          batch.offsets.data(), batch.slots.data(), segments);
+        deltaserve_linear(set, stack.layers.data(), layers, y.data(), rows, tokens, rows, 0, input.data(), width, tokens, width,
+                          0, batch.offsets.data(), batch.slots.data(), segments);
         deltaserve_embedding(set, embedding.data(), width, tokens, width, 0, ids.data(), bank.data(), count,
                              batch.offsets.data(), batch.slots.data(), segments);
         if (set == sets[0]) {
@@ -173,9 +202,9 @@ void round_of(const std::vector<const void*>& sets) {
         require_close(y, first_y);
         require_close(embedding, first_embedding);
         for (int32_t dtype : {1, 2}) { // bf16 and float16: what the bytes mean does not matter here
-            std::vector<uint16_t> half_y(tokens * rows), half_x(tokens * width, 0x3c00);
-            deltaserve_linear(set, half_y.data(), rows, tokens, rows, dtype, half_x.data(), width, tokens, width, dtype,
-                              bank.data(), count, batch.offsets.data(), batch.slots.data(), segments);
+            std::vector<uint16_t> half_y(layers * tokens * rows), half_x(tokens * width, 0x3c00);
+            deltaserve_linear(set, stack.layers.data(), layers, half_y.data(), rows, tokens, rows, dtype, half_x.data(), width,
+                              tokens, width, dtype, batch.offsets.data(), batch.slots.data(), segments);
         }
         const Made sparse(rows, width, 1, true);
         std::vector<float> weight = random_floats(rows * width), saved(rows * sparse.parts[0].kept);
