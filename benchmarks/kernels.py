@@ -180,14 +180,13 @@ class Swap:
         self.prepared = [delta if backend is reference else backend.prepare(delta) for delta in self.deltas]
         self.dense = [reference.unpack(delta) for delta in self.deltas]
         self.flat = [(values.flatten().nonzero().flatten(), values[values != 0]) for values in self.dense]
-        self.tokens: list[object] = []
+        self.token: object = None
 
     def swap_in(self) -> None:
-        self.tokens = [self.backend.swap_in_(*pair) for pair in zip(self.weights, self.prepared, strict=True)]
+        self.token = self.backend.swap_in_all_(self.weights, self.prepared)
 
     def swap_out(self) -> None:
-        for pair in zip(self.weights, self.tokens, strict=True):
-            self.backend.swap_out_(*pair)
+        self.backend.swap_out_all_(self.weights, self.token)
 
     def index_add(self) -> None:
         for weight, (positions, values) in zip(self.weights, self.flat, strict=True):

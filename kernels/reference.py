@@ -152,7 +152,7 @@ def layers(weights: Sequence[Weight], slots: int) -> Layers:
 
 
 def linear(x: Tensor, layers: Layers, segments: Segments | None) -> list[Tensor]:
-    """Each layer's ``y = x @ weight.T + bias``, then ``y[rows] += x[rows] @ delta[slot].T + bias delta`` for every slot.
+    """Each layer's ``y = x @ weight.T + bias``, then ``y[rows] += x[rows] @ delta[slot].T + bias delta``, by slot.
 
     ``x`` ``[rows, in]``; ``segments`` None: all rows are the base's. Returns ``[rows, out]`` for each layer.
     """
@@ -222,3 +222,14 @@ def swap_in_(weight: Tensor, delta: Delta) -> SwapToken:
 def swap_out_(weight: Tensor, token: SwapToken) -> None:
     """Put back what ``swap_in_`` overwrote: the weight is bit-identical to what it was."""
     weight.view(-1)[token.positions] = token.values
+
+
+def swap_in_all_(weights: Sequence[Tensor], deltas: Sequence[Delta]) -> list[SwapToken]:
+    """``swap_in_`` of a whole variant."""
+    return [swap_in_(weight, delta) for weight, delta in zip(weights, deltas, strict=True)]
+
+
+def swap_out_all_(weights: Sequence[Tensor], tokens: Sequence[SwapToken]) -> None:
+    """Put back what ``swap_in_all_`` overwrote in the same weights."""
+    for weight, token in zip(weights, tokens, strict=True):
+        swap_out_(weight, token)

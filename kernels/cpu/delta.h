@@ -1,5 +1,5 @@
 // What the kernels are handed: a delta as layout.py prepared it, a batch cut into tiles, and the table of operations that
-// each instruction set fills. The structs up to Matrix are mirrored field by field in layout.py.
+// each instruction set fills. The structs up to Swap are mirrored field by field in layout.py.
 #pragma once
 
 #include <cstdint>
@@ -75,6 +75,13 @@ struct Matrix {
     int64_t width;
     Dtype dtype;
     int32_t unused;
+};
+
+// One weight that a delta of one sparse part goes into, or comes out of; `saved` [rows, K] holds what stands there without it.
+struct Swap {
+    Matrix weight;
+    const Delta* delta;
+    void* saved;
 };
 
 // Up to MAX_LANES rows of the batch that belong to one variant. With one lane `x` is [in]; else it is [in][lanes],

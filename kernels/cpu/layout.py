@@ -93,6 +93,25 @@ class DeltaStruct(Structure):
     )
 
 
+class MatrixStruct(Structure):
+    """``Matrix`` of delta.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("stride", c_int64),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("dtype", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class SwapStruct(Structure):
+    """``Swap`` of delta.h."""
+
+    _fields_ = (("weight", MatrixStruct), ("delta", c_void_p), ("saved", c_void_p))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """A delta in the kernels' layout; ``address`` is its struct's. A vector ``[n]`` is laid out as ``[1, n]``."""

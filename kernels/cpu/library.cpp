@@ -48,19 +48,33 @@ Error embedding(const Operations& operations, const Matrix& y, const int64_t* id
     return Error::none;
 }
 
+int64_t blocks_of(const Swap& swap) {
+    const int64_t block = swap.delta->parts[0].block;
+    return (swap.delta->rows + block - 1) / block;
+}
+
 // Only a delta of one sparse part has a short way; operations.py sees to the others.
-Error swap(const Operations& operations, const Matrix& weight, const Delta& delta, void* saved, bool in) {
-    if (delta.count != 1 || delta.parts[0].kind != Kind::sparse) return Error::shape;
-    if (delta.rows != weight.rows || delta.width != weight.width) return Error::shape;
-    const Part& part = delta.parts[0];
-    const int64_t blocks = (delta.rows + part.block - 1) / part.block;
-    const int threads = threads_for(double(delta.rows) * double(part.kept));
-    const int64_t scratch_size = aligned(scratch_floats(delta));
+Error swap_all(const Operations& operations, const Swap* swaps, int64_t count, bool in) {
+    int64_t scratch_size = 0, blocks = 0;
+    double cycles = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const Delta& delta = *swaps[i].delta;
+        if (delta.count != 1 || delta.parts[0].kind != Kind::sparse) return Error::shape;
+        if (delta.rows != swaps[i].weight.rows || delta.width != swaps[i].weight.width) return Error::shape;
+        scratch_size = std::max(scratch_size, aligned(scratch_floats(delta)));
+        blocks += blocks_of(swaps[i]);
+        cycles += double(delta.rows) * double(delta.parts[0].kept) * 8; // each a cache line of its own
+    }
+    const int threads = threads_for(cycles);
     float* scratch = workspace.scratch.reserve(scratch_size * threads);
-    share(threads, blocks, [&](int64_t b, int64_t end, int thread) {
-        for (; b < end; ++b)
-            if (in) operations.swap_in(weight, part, b, saved, scratch + thread * scratch_size);
-            else operations.swap_out(weight, part, b, saved);
+    share(threads, blocks, [&](int64_t begin, int64_t end, int thread) {
+        int64_t before = 0;
+        for (const Swap* swap = swaps; swap != swaps + count; before += blocks_of(*swap), ++swap) {
+            const int64_t last = std::min(end - before, blocks_of(*swap));
+            for (int64_t b = std::max<int64_t>(begin - before, 0); b < last; ++b)
+                if (in) operations.swap_in(swap->weight, swap->delta->parts[0], b, swap->saved, scratch + thread * scratch_size);
+                else operations.swap_out(swap->weight, swap->delta->parts[0], b, swap->saved);
+        }
     });
     return Error::none;
 }
@@ -79,7 +93,7 @@ template <class Run> int32_t caught(Run run) {
 using namespace deltaserve;
 
 // Raised whenever a signature or struct changes; library.py refuses to load a library of another version.
-DELTASERVE_API int deltaserve_abi_version() { return 3; }
+DELTASERVE_API int deltaserve_abi_version() { return 4; }
 
 // The operations for an instruction set, or nullptr where this machine or this build has it not.
 DELTASERVE_API const void* deltaserve_operations(const char* name) {
@@ -123,8 +137,6 @@ DELTASERVE_API int32_t deltaserve_embedding(const void* operations, void* y, int
     });
 }
 
-DELTASERVE_API int32_t deltaserve_swap(const void* operations, void* weight, int64_t stride, int64_t rows, int64_t width,
-                                       int32_t dtype, const Delta* delta, void* saved, int32_t in) {
-    const Matrix matrix{weight, stride, rows, width, Dtype(dtype), 0};
-    return caught([&] { return swap(*static_cast<const Operations*>(operations), matrix, *delta, saved, in != 0); });
+DELTASERVE_API int32_t deltaserve_swap(const void* operations, const Swap* swaps, int64_t count, int32_t in) {
+    return caught([&] { return swap_all(*static_cast<const Operations*>(operations), swaps, count, in != 0); });
 }

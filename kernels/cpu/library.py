@@ -10,7 +10,7 @@ from typing import Any
 # Before the library, which uses OpenMP: its libgomp.so.1 is then torch's own, already loaded, and the process has one.
 import torch  # noqa: F401
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 """Fastest first."""
 
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
     loaded.deltaserve_operations.argtypes = [c_char_p]
     loaded.deltaserve_linear.argtypes = [c_void_p, c_void_p, c_int64, *_MATRIX, *_MATRIX, *_TABLE]
     loaded.deltaserve_embedding.argtypes = [c_void_p, *_MATRIX, c_void_p, *_SEGMENTS]
-    loaded.deltaserve_swap.argtypes = [c_void_p, *_MATRIX, c_void_p, c_void_p, c_int32]
+    loaded.deltaserve_swap.argtypes = [c_void_p, c_void_p, c_int64, c_int32]
     return loaded
 
 

@@ -277,6 +277,8 @@ void embed(const Delta& delta, int64_t id, const Matrix& y, int64_t row, float* 
     });
 }
 
+constexpr int64_t AHEAD_ROWS = 4; // fetched before their turn: the touched lines of a row are too far apart to be guessed
+
 // Row after row, because the columns of a row ascend: the memory is walked forwards.
 template <class T, class Column>
 void swap_in_block(const Matrix& weight, const Part& part, int64_t block, T* saved, const float* values) {
@@ -286,6 +288,7 @@ void swap_in_block(const Matrix& weight, const Part& part, int64_t block, T* sav
         T* row = row_of<T>(weight, first + v);
         T* kept = saved + (first + v) * part.kept;
         for (int64_t k = 0; k < part.kept; ++k) {
+            __builtin_prefetch(row + columns[k] + AHEAD_ROWS * weight.stride, 1);
             kept[k] = row[columns[k]];
             row[columns[k]] = rounded<T>(to_float(kept[k]) + values[k * part.block + v]);
         }
@@ -308,7 +311,10 @@ void swap_out_block(const Matrix& weight, const Part& part, int64_t block, const
     for (int64_t v = 0; v < part.block && first + v < weight.rows; ++v) {
         T* row = row_of<T>(weight, first + v);
         const T* kept = saved + (first + v) * part.kept;
-        for (int64_t k = 0; k < part.kept; ++k) row[columns[k]] = kept[k];
+        for (int64_t k = 0; k < part.kept; ++k) {
+            __builtin_prefetch(row + columns[k] + AHEAD_ROWS * weight.stride, 1);
+            row[columns[k]] = kept[k];
+        }
     }
 }
 

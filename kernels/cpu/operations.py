@@ -1,14 +1,16 @@
 """The operations in C++: one call a layer for the whole batch, whatever the number of its variants."""
 
 from collections.abc import Callable, Sequence
+from ctypes import Array
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaserve.kernels.cpu.layers import Layers, Slots
-from deltaserve.kernels.cpu.layout import Prepared, prepare
+from deltaserve.kernels.cpu.layout import MatrixStruct, Prepared, SwapStruct, prepare
 from deltaserve.kernels.cpu.library import library, operations
 from deltaserve.kernels.cpu.products import Choice, Product, choose, plain
 from deltaserve.kernels.parts import Delta
@@ -28,11 +30,11 @@ _ERRORS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SwapToken:
-    """What ``swap_in`` overwrote. ``rows`` int64 where only these were; ``delta`` where only its columns were."""
+    """What swapping in overwrote: the columns of sparse parts, and whole rows of the other weights, by their index."""
 
-    saved: Tensor
-    rows: Tensor | None
-    delta: Prepared | None
+    swaps: Array[SwapStruct]
+    rows: tuple[tuple[int, Tensor, Tensor], ...]
+    _kept: tuple[Any, ...]
 
 
 class CpuBackend:
@@ -151,40 +153,58 @@ class CpuBackend:
             raise _exception(error)
 
     def swap_in_(self, weight: Tensor, delta: Delta | Prepared) -> SwapToken:
-        """``weight += delta`` in place, rounded once; returns what ``swap_out_`` needs. ``weight`` must be contiguous.
-
-        What will be overwritten is allocated, and for all but one sparse part copied, before the first write.
-        """
-        prepared = delta if isinstance(delta, Prepared) else prepare(delta)
-        if weight.shape != prepared.shape or not weight.is_contiguous():
-            raise ValueError(
-                f"swap_in_ needs a contiguous weight of the delta's shape {prepared.shape}, not {tuple(weight.shape)}"
-            )
-        if prepared.saved_shape is not None:
-            saved = torch.empty(prepared.saved_shape, dtype=weight.dtype)
-            self._swap_columns(weight, prepared, saved, swap_in=True)
-            return SwapToken(saved, None, prepared)
-        rows = prepared.rows_alone
-        matrix = weight if weight.dim() == 2 else weight[None]
-        ids = torch.arange(len(matrix)) if rows is None else rows
-        saved = matrix[ids]
-        changed = saved.clone()
-        self.delta_embedding_(changed, ids, Slots([prepared]), Segments.of([len(ids)], [0]))
-        matrix[ids] = changed
-        return SwapToken(saved, ids, None)
+        """``weight += delta`` in place, rounded once; returns what ``swap_out_`` needs. ``weight`` is contiguous."""
+        return self.swap_in_all_([weight], [delta])
 
     def swap_out_(self, weight: Tensor, token: SwapToken) -> None:
         """Put back what ``swap_in_`` overwrote: the weight is bit-identical to what it was."""
-        if token.delta is not None:
-            self._swap_columns(weight, token.delta, token.saved, swap_in=False)
-        else:
-            matrix = weight if weight.dim() == 2 else weight[None]
-            matrix[token.rows] = token.saved
+        self.swap_out_all_([weight], token)
 
-    def _swap_columns(self, weight: Tensor, delta: Prepared, saved: Tensor, *, swap_in: bool) -> None:
-        matrix = (weight.data_ptr(), weight.stride(0), *weight.shape, _DTYPES[weight.dtype])
-        if error := self._swap(self._operations, *matrix, delta.address, saved.data_ptr(), swap_in):
+    def swap_in_all_(self, weights: Sequence[Tensor], deltas: Sequence[Delta | Prepared]) -> SwapToken:
+        """``swap_in_`` of a whole variant: one call for all weights whose delta is one sparse part.
+
+        What will be overwritten is allocated, and but for those columns copied, before the first write.
+        """
+        prepared = [delta if isinstance(delta, Prepared) else prepare(delta) for delta in deltas]
+        for weight, delta in zip(weights, prepared, strict=True):
+            if weight.shape != delta.shape or not weight.is_contiguous():
+                shape = tuple(weight.shape)
+                raise ValueError(f"swap_in_ needs a contiguous weight of the delta's shape {delta.shape}, not {shape}")
+        short = [i for i, delta in enumerate(prepared) if delta.saved_shape is not None]
+        saved = torch.empty(sum(prod(prepared[i].saved_shape or ()) for i in short) * 4, dtype=torch.uint8)
+        swaps, at = (SwapStruct * len(short))(), saved.data_ptr()
+        for swap, i in zip(swaps, short, strict=True):
+            weight, delta = weights[i], prepared[i]
+            swap.weight = MatrixStruct(weight.data_ptr(), weight.stride(0), *weight.shape, _DTYPES[weight.dtype])
+            swap.delta, swap.saved = delta.address, at
+            at += prod(delta.saved_shape or ()) * weight.element_size()
+        others = [i for i, delta in enumerate(prepared) if delta.saved_shape is None]
+        rows, changed = [], []
+        for i in others:
+            matrix = _matrix(weights[i])
+            ids = prepared[i].rows_alone
+            ids = torch.arange(len(matrix)) if ids is None else ids
+            rows.append((i, ids, matrix[ids]))
+            changed.append(rows[-1][2].clone())
+            self.delta_embedding_(changed[-1], ids, Slots([prepared[i]]), Segments.of([len(ids)], [0]))
+        self._swap_columns(swaps, swap_in=True)
+        for (i, ids, _), values in zip(rows, changed, strict=True):
+            _matrix(weights[i])[ids] = values
+        return SwapToken(swaps, tuple(rows), (saved, prepared))
+
+    def swap_out_all_(self, weights: Sequence[Tensor], token: SwapToken) -> None:
+        """Put back what ``swap_in_all_`` overwrote in the same weights."""
+        self._swap_columns(token.swaps, swap_in=False)
+        for i, ids, values in token.rows:
+            _matrix(weights[i])[ids] = values
+
+    def _swap_columns(self, swaps: Array[SwapStruct], *, swap_in: bool) -> None:
+        if error := self._swap(self._operations, swaps, len(swaps), swap_in):
             raise _exception(error)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 2 else weight[None]
 
 
 def _in_a_copy(y: Tensor, run: Callable[[Tensor], None]) -> None:

@@ -177,6 +177,15 @@ class TritonBackend:
         else:
             weight.view_as(token.saved).copy_(token.saved)
 
+    def swap_in_all_(self, weights: Sequence[Tensor], deltas: Sequence[Delta | Prepared]) -> list[SwapToken]:
+        """``swap_in_`` of a whole variant."""
+        return [self.swap_in_(weight, delta) for weight, delta in zip(weights, deltas, strict=True)]
+
+    def swap_out_all_(self, weights: Sequence[Tensor], tokens: Sequence[SwapToken]) -> None:
+        """Put back what ``swap_in_all_`` overwrote in the same weights."""
+        for weight, token in zip(weights, tokens, strict=True):
+            self.swap_out_(weight, token)
+
     def _swap_columns(self, weight: Tensor, saved: Tensor, delta: Prepared, *, swap_in: bool) -> None:
         grid = (cdiv(len(weight), ROWS_EACH.value), cdiv(saved.shape[1], KEPT_EACH.value))
         swap_columns[grid](weight, saved, delta.descriptor, IN=swap_in)

@@ -20,7 +20,7 @@ int32_t deltaserve_linear(const void*, const Layer*, int64_t, void*, int64_t, in
                           int64_t, int32_t, const int32_t*, const int32_t*, int64_t);
 int32_t deltaserve_embedding(const void*, void*, int64_t, int64_t, int64_t, int32_t, const int64_t*, const Delta* const*,
                              int64_t, const int32_t*, const int32_t*, int64_t);
-int32_t deltaserve_swap(const void*, void*, int64_t, int64_t, int64_t, int32_t, const Delta*, void*, int32_t);
+int32_t deltaserve_swap(const void*, const Swap*, int64_t, int32_t);
 }
 
 namespace {
@@ -206,11 +206,15 @@ void round_of(const std::vector<const void*>& sets) {
             deltaserve_linear(set, stack.layers.data(), layers, half_y.data(), rows, tokens, rows, dtype, half_x.data(), width,
                               tokens, width, dtype, batch.offsets.data(), batch.slots.data(), segments);
         }
-        const Made sparse(rows, width, 1, true);
-        std::vector<float> weight = random_floats(rows * width), saved(rows * sparse.parts[0].kept);
+        const Made sparse(rows, width, 1, true), other(rows, width, 1, true);
+        std::vector<float> weight = random_floats(2 * rows * width), saved(rows * sparse.parts[0].kept);
+        std::vector<float> other_saved(rows * other.parts[0].kept);
         const std::vector<float> original = weight;
-        require(!deltaserve_swap(set, weight.data(), width, rows, width, 0, &sparse.delta, saved.data(), 1), "swap in");
-        require(!deltaserve_swap(set, weight.data(), width, rows, width, 0, &sparse.delta, saved.data(), 0), "swap out");
+        const Matrix low{weight.data(), width, rows, width, Dtype::float32, 0};
+        const Matrix high{weight.data() + rows * width, width, rows, width, Dtype::float32, 0};
+        const Swap swaps[] = {{low, &sparse.delta, saved.data()}, {high, &other.delta, other_saved.data()}};
+        require(!deltaserve_swap(set, swaps, 2, 1), "swap in");
+        require(!deltaserve_swap(set, swaps, 2, 0), "swap out");
         require(!std::memcmp(weight.data(), original.data(), weight.size() * sizeof(float)), "a swap left a trace");
     }
 }

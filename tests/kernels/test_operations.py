@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve.kernels import dispatch
+from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Delta, Dense
 from deltaserve.kernels.reference import unpack
 from deltaserve.kernels.segments import BASE, Segments
@@ -142,3 +143,22 @@ def test_segments_join_neighbours_and_index_scattered_rows():
 def test_an_unknown_backend_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match=r"'cuda'.*reference"):
         dispatch.backend("cuda")
+
+
+@backends
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_whole_variant_swaps_in_and_leaves_no_trace(backend, dtype):
+    rng = torch.Generator().manual_seed(9)
+    kinds = (["sparse"], ["low_rank"], ["sparse"], ["rows"], ["sparse", "dense"], ["sparse"])
+    pairs = [random_delta(rng, kind, 70 + i, 40, 16, "int2") for i, kind in enumerate(kinds)]
+    vector = Delta((33,), (Dense((33,), float_codes(torch.randn(33, generator=rng))),))
+    deltas = [*(delta for delta, _ in pairs), vector]
+    dense = [*(meaning for _, meaning in pairs), unpack(vector).double()]
+    weights = [torch.randn(meaning.shape, generator=rng).to(dtype) for meaning in dense]
+    before = [weight.clone() for weight in weights]
+    token = backend.swap_in_all_(weights, deltas)
+    for weight, old, meaning in zip(weights, before, dense, strict=True):
+        assert_close(weight, old.double() + meaning, dtype, "swapped")
+    backend.swap_out_all_(weights, token)
+    for weight, old in zip(weights, before, strict=True):
+        assert torch.equal(weight.view(torch.uint8), old.view(torch.uint8))
