@@ -2,14 +2,15 @@
 
 Dividing by 1 - p is unbiased, but the noise of a large delta may cost more than a bias would; dividing by a larger q
 shrinks both. For a layer whose output is a sum of terms c (a delta times its input, S = sum c, Q = sum c**2), the
-squared error of that layer's output is least at ``q = (1 - p) + p * rho``, ``rho = sum Q / sum S**2``. Errors add up
-over layers, so this is only where the search starts: it tries ``q = (1 - p) + eta * p * rho`` for one number eta of the
-whole model, and the model's predictions judge. rho is the whole model's (one q) or each layer's (a q for each).
+squared error of that layer's output is least at ``q = (1 - p) + p * rho``, ``rho = sum Q / sum S**2``. But shrinkage
+adds up over layers, so this is only where the search starts: it tries ``q = (1 - p) + eta * p * rho`` for one number
+eta of the whole model, and the model's predictions judge. rho is the whole model's (one q) or each layer's own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -26,15 +27,9 @@ from deltaserve.delta_store.text import Sample
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.reference import unpack
 
-COARSE, FINE = 2.0, (2**0.5, 2**0.25)
-PATIENCE = 2
-SMALLEST = 1 / 64
-EXPECTED_TRIALS = 15
-
-Score = Callable[[float], float]
-
-Shares = dict[str, tuple[float, float]]
-"""By weight (sum Q, sum S**2)."""
+COARSE, FINE = 4.0, (2.0, 2**0.5, 2**0.25)
+LEAST_CHANGE = 0.03
+EXPECTED_TRIALS = 14
 
 
 @torch.inference_mode()
@@ -55,7 +50,7 @@ def search(
     if options.drop == 0:
         return dict.fromkeys(names, 1.0)
     full = full_model(base, fine_tune)
-    rho = _noise_shares(full, base, names, samples[0])
+    rho = shares(_noise_and_signal(full, base, names, samples[0]), options.per)
     judge = _judge(full, samples, options)
     del full
     pruned = _Pruned.of(merged_model(base, artifact, None), artifact, names)
@@ -65,37 +60,54 @@ def search(
         nonlocal trials
         progress(min(trials, EXPECTED_TRIALS - 1), EXPECTED_TRIALS)
         trials += 1
-        pruned.divide(multiples(rho, eta, options))
+        pruned.divide(multiples(rho, eta, options.drop))
         return judge(pruned.model)
 
-    return multiples(rho, minimise(score), options)
+    return multiples(rho, minimise(score, _smallest(rho, options.drop)), options.drop)
 
 
-def multiples(rho: Shares, eta: float, options: Options) -> dict[str, float]:
-    """q / (1 - p) by weight, from (sum Q, sum S**2) by weight; q is at most 1."""
-    kept = 1 - options.drop
-    noise, signal = (sum(column) for column in zip(*rho.values(), strict=True)) if rho else (0.0, 0.0)
-    shares = {name: (q, s) if options.per == "layer" else (noise, signal) for name, (q, s) in rho.items()}
-    return {name: min(1 / kept, 1 + eta * options.drop / kept * (q / s if s else 0)) for name, (q, s) in shares.items()}
+def shares(sums: Mapping[str, tuple[float, float]], per: str) -> dict[str, float]:
+    """rho by weight, from (sum Q, sum S**2) by weight: its own, or that of the whole model."""
+    noise, signal = sum(q for q, _ in sums.values()), sum(s for _, s in sums.values())
+    whole = noise / signal if signal else 0.0
+    return {name: (q / s if s else 0.0) if per == "layer" else whole for name, (q, s) in sums.items()}
 
 
-def minimise(score: Score) -> float:
-    """The number of 0 or more with about the least ``score``: from 1 by factors of two up and down, then finer.
+def multiples(rho: Mapping[str, float], eta: float, drop: float) -> dict[str, float]:
+    """q / (1 - p) by weight; q is at most 1."""
+    kept = 1 - drop
+    return {name: min(1 / kept, 1 + eta * drop / kept * share) for name, share in rho.items()}
 
-    A walk goes on while it gets better than it was, though 0 be better still: the least may lie between.
+
+def minimise(score: Callable[[float], float], smallest: float) -> float:
+    """The number of 0 or more with about the least ``score``: a coarse grid, then finer around its best.
+
+    The grid goes from 1 by factors of four down to ``smallest``, where there is no more to see, and up while that is
+    better.
     """
-    scores = {eta: score(eta) for eta in (0.0, 1.0)}
-    for factor in (COARSE, 1 / COARSE):
-        eta, misses = 1.0, 0
-        while misses < PATIENCE and eta > SMALLEST:
-            before, eta = scores[eta], eta * factor
-            scores[eta] = score(eta)
-            misses = 0 if scores[eta] < before else misses + 1
+    grid = [0.0, 1.0]
+    while grid[-1] > smallest:
+        grid.append(grid[-1] / COARSE)
+    scores = {eta: score(eta) for eta in grid}
+    largest = 1.0
+    while _best(scores) == largest:
+        largest *= COARSE
+        scores[largest] = score(largest)
     for factor in FINE:
-        best = min(scores, key=scores.__getitem__)
+        best = _best(scores)
         if best > 0:
             scores |= {eta: score(eta) for eta in (best * factor, best / factor)}
+    return _best(scores)
+
+
+def _best(scores: Mapping[float, float]) -> float:
     return min(scores, key=scores.__getitem__)
+
+
+def _smallest(rho: Mapping[str, float], drop: float) -> float:
+    """The eta with which no q is further than ``LEAST_CHANGE`` from 1 - p; infinite where none ever is."""
+    steepest = max(rho.values(), default=0.0) * drop / (1 - drop)
+    return LEAST_CHANGE / steepest if steepest else inf
 
 
 def _judge(full: Any, samples: Sequence[Sample], options: Options) -> Callable[[Any], float]:
@@ -104,7 +116,9 @@ def _judge(full: Any, samples: Sequence[Sample], options: Options) -> Callable[[
     return partial(output_change, samples=samples, wanted=[outputs(full, sample) for sample in samples])
 
 
-def _noise_shares(full: Any, base: Checkpoint, names: Sequence[str], sample: Sample) -> Shares:
+def _noise_and_signal(
+    full: Any, base: Checkpoint, names: Sequence[str], sample: Sample
+) -> dict[str, tuple[float, float]]:
     """By weight (sum Q, sum S**2) over the sample's tokens and the weight's rows; of a layer not reached, zeros."""
     sums = dict.fromkeys(names, (0.0, 0.0))
 
