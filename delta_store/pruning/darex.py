@@ -21,11 +21,9 @@ from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.fine_tune import FineTune
 from deltaserve.delta_store.pruning.layer_inputs import look_at_inputs
 from deltaserve.delta_store.pruning.options import Options
-from deltaserve.delta_store.pruning.tuning import survivors
+from deltaserve.delta_store.pruning.tuning import pruned_part, survivors
 from deltaserve.delta_store.quality import full_model, loss, merged_model, output_change, outputs
 from deltaserve.delta_store.text import Sample
-from deltaserve.kernels.parts import Delta
-from deltaserve.kernels.reference import unpack
 
 COARSE, FINE = 4.0, (2.0, 2**0.5, 2**0.25)
 LEAST_CHANGE = 0.03
@@ -143,8 +141,7 @@ class _Pruned:
         parameters = dict(model.named_parameters())
         sparse = {}
         for name in names:
-            delta = artifact.delta(name, None)
-            matrix = unpack(Delta(delta.shape, delta.parts[:1]))
+            matrix = pruned_part(artifact, name)
             sparse[name] = (parameters[name], matrix.T if artifact.specs(name)[0].transposed else matrix)
         return cls(model, sparse, dict.fromkeys(names, 1.0))
 

@@ -8,9 +8,10 @@ from deltaserve.delta_store.pruning.darex import search
 from deltaserve.delta_store.pruning.dense import dense
 from deltaserve.delta_store.pruning.exact import lora, lossless
 from deltaserve.delta_store.pruning.factors import lora_darex
-from deltaserve.delta_store.pruning.importance import magnitude, unbiased_outputs, wanda
+from deltaserve.delta_store.pruning.importance import magnitude, wanda
 from deltaserve.delta_store.pruning.low_rank import low_rank
 from deltaserve.delta_store.pruning.options import Options, Value
+from deltaserve.delta_store.pruning.output_scale import unbiased_outputs
 from deltaserve.delta_store.pruning.random_drop import dare, darex, weighted
 from deltaserve.delta_store.pruning.residual import dense_residual, low_rank_residual
 from deltaserve.delta_store.pruning.structural import structural

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from torch import Tensor
+
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.codec.encode import SparseFactors
@@ -12,7 +14,8 @@ from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.fine_tune import FineTune
 from deltaserve.delta_store.pruning.options import Options
 from deltaserve.delta_store.text import Sample
-from deltaserve.kernels.parts import Sparse
+from deltaserve.kernels.parts import Delta, Sparse
+from deltaserve.kernels.reference import unpack
 
 TUNING_TOKENS = 512
 
@@ -34,6 +37,12 @@ class Tune(Protocol):
 def survivors(artifact: Artifact) -> list[str]:
     """The parameters whose first part was pruned, and can be divided."""
     return [name for name in artifact.names if isinstance(artifact.specs(name)[0], SparseSpec | FactorsSpec)]
+
+
+def pruned_part(artifact: Artifact, name: str) -> Tensor:
+    """float32 ``[out, in]``: what those survivors stand for."""
+    delta = artifact.delta(name)
+    return unpack(Delta(delta.shape, delta.parts[:1]))
 
 
 def divided(parts: Sequence[tuple[str, Spec, Stored]], by: Mapping[str, float]) -> list[tuple[str, Spec, Stored]]:
