@@ -45,7 +45,7 @@ class Contest:
             "F.linear bfloat16": lambda x, i: linear(x.bfloat16(), halves[i]),
         }
         if torch.backends.mkldnn.is_available():
-            packed = [torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), rows) for weight in self.weights]
+            packed = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in self.weights]
             self.runs["oneDNN packed"] = lambda x, i: torch.ops.mkldnn._linear_pointwise(
                 x, packed[i], None, "none", [], ""
             )

@@ -12,7 +12,7 @@ constexpr int64_t WAVE_FLOATS = 1 << 21; // packed inputs at a time, so that a l
 constexpr int64_t PACK_COLUMNS = 512;
 constexpr int64_t STRIP_BYTES = 512 << 10; // of the base's weight before the deltas of its rows: the cache still has all else
 
-constexpr int64_t PRIVATE_FLOATS = 1 << 16;   // up to so many each thread packs for itself: faster than to read another's
+constexpr int64_t PRIVATE_FLOATS = 1 << 20;   // up to so many each thread packs for itself: another core's are far away
 constexpr double PRIVATE_PRODUCTS = 1 << 18;   // and up to so many products each thread projects for itself
 
 // Consecutive tiles of one variant, counted from the wave's first.
@@ -84,7 +84,8 @@ class Wave {
         groups = workspace.groups.data();
         threads = threads_for(cycles);
         scratch = workspace.scratch.reserve(scratch_size * threads);
-        is_private = threads > 1 && packed_floats <= PRIVATE_FLOATS && products <= PRIVATE_PRODUCTS;
+        is_private = threads > 1 && packed_floats <= PRIVATE_FLOATS && double(packed_floats) / 4 <= cycles / threads &&
+                     products <= PRIVATE_PRODUCTS;
         if (is_private) copy_tiles();
         const int copies = is_private ? threads : 1;
         float* memory = workspace.inputs.reserve(floats * copies + 1); // never nullptr, which only counts
