@@ -146,8 +146,8 @@ def _prepare_part(part: Part) -> Gathered | Factors | Full | Lines:
             return Lines(part.ids, decode(part.values), part.mean, part.mean_rows)
 
 
-def layers(weights: Sequence[Weight], slots: int) -> Layers:
-    """Layers that read the same input, with empty banks."""
+def layers(weights: Sequence[Weight], slots: int, *, copies: bool = False) -> Layers:
+    """Layers that read the same input, with empty banks. ``copies``: weights may be kept twice; here they are not."""
     return Layers(tuple(weights), tuple([None] * slots for _ in weights))
 
 

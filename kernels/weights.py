@@ -12,11 +12,13 @@ class Weight:
     none of them zero.
 
     ``bias`` ``[out]`` or None. The tensors are the model's own, not copies: what is swapped into them counts.
+    ``packed`` is a second copy of ``values`` in a library's layout, where one was asked for; a swap does not reach it.
     """
 
     values: Tensor
     scales: Tensor | None = None
     bias: Tensor | None = None
+    packed: Tensor | None = None
 
     def dense(self) -> Tensor:
         """``[out, in]`` in a floating dtype."""

@@ -12,7 +12,7 @@ from deltaserve.kernels.cpu.layout import CODECS, LayerStruct, Prepared
 from deltaserve.kernels.cpu.products import Choice
 from deltaserve.kernels.weights import Weight
 
-_WEIGHT_CODECS = {torch.float32: "float32", torch.bfloat16: "bf16", torch.int8: "int8"}
+WEIGHT_CODECS = {torch.float32: "float32", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
 class Slots(Sequence[Any]):
@@ -57,16 +57,15 @@ class Layers:
     that only add to a ``y`` which holds the base's product. ``products`` says which serves how many rows.
     """
 
-    def __init__(self, weights: Sequence[Weight], slots: int) -> None:
-        self.weights = tuple(weights)
+    def __init__(self, weights: Sequence[Weight], slots: int, products: Choice) -> None:
+        self.weights, self.products = tuple(weights), products
         self.out = tuple(len(weight.values) for weight in weights)
         self.banks = tuple(Slots([None] * slots) for _ in weights)
         self.biases = tuple(Slots([None] * slots) for _ in weights)
         self._kept = [_bias_of(weight) for weight in weights]
-        own = all(weight.values.dtype in _WEIGHT_CODECS and weight.values.is_contiguous() for weight in weights)
+        own = all(weight.values.dtype in WEIGHT_CODECS and weight.values.is_contiguous() for weight in weights)
         self.whole = self._structs(with_weights=True) if own else None
         self.deltas = self._structs(with_weights=False)
-        self.products: Choice = ((1, None),)
 
     def install(self, layer: int, slot: int, prepared: Prepared | None) -> None:
         self.banks[layer][slot] = prepared
@@ -89,5 +88,5 @@ class Layers:
                 struct.weight = weight.values.data_ptr()
                 struct.scales = None if weight.scales is None else weight.scales.data_ptr()
                 struct.bias = None if bias is None else bias.data_ptr()
-                struct.codec = CODECS.index(_WEIGHT_CODECS[weight.values.dtype])
+                struct.codec = CODECS.index(WEIGHT_CODECS[weight.values.dtype])
         return structs

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.cpu.layers import Layers, Slots
+from deltaserve.kernels.cpu.layers import WEIGHT_CODECS, Layers, Slots
 from deltaserve.kernels.cpu.layout import MatrixStruct, Prepared, SwapStruct, prepare
 from deltaserve.kernels.cpu.library import library, operations
-from deltaserve.kernels.cpu.products import Choice, Product, choose, plain
+from deltaserve.kernels.cpu.products import Choice, Product, choose, packed, plain, with_copy
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight
@@ -55,17 +55,20 @@ class CpuBackend:
     prepare = staticmethod(prepare)
     slots = Slots
 
-    def layers(self, weights: Sequence[Weight], slots: int) -> Layers:
-        """Prepare layers with one input for ``linear``; the first of its shapes times which product serves it best."""
-        layers = Layers(weights, slots)
-        if layers.whole is None:
-            layers.products = ((1, plain),)
-            return layers
-        key = tuple((weight.values.shape, weight.values.dtype) for weight in weights), torch.get_num_threads()
+    def layers(self, weights: Sequence[Weight], slots: int, *, copies: bool = False) -> Layers:
+        """Prepare layers with one input for ``linear``; the first of its shapes times which product serves it best.
+
+        ``copies``: weights may be kept twice where that is faster; swapping into them is then not possible.
+        """
+        if any(weight.values.dtype not in WEIGHT_CODECS for weight in weights):
+            return Layers(weights, slots, ((1, plain),))
+        key = (*((weight.values.shape, weight.values.dtype) for weight in weights), torch.get_num_threads(), copies)
         if key not in self._choices:
-            self._choices[key] = choose(weights, self.product_of)
-        layers.products = self._choices[key]
-        return layers
+            self._choices[key] = choose(weights, self.product_of, copies=copies)
+        choice = self._choices[key]
+        if any(product is packed for _, product in choice):
+            weights = [with_copy(weight) for weight in weights]
+        return Layers(weights, slots, choice)
 
     def linear(self, x: Tensor, layers: Layers, segments: Segments | None) -> list[Tensor]:
         """``x @ weight.T + bias`` ``[rows, out]`` of each layer, with the deltas and biases of the batch's variants.
@@ -127,7 +130,7 @@ class CpuBackend:
 
     def product_of(self, weight: Weight) -> Product:
         """The kernels' own product for one weight."""
-        layers = Layers([weight], 0)
+        layers = Layers([weight], 0, ((1, None),))
         return lambda x, weight, y: self._run(layers.whole, 1, y, x, None)
 
     def delta_embedding_(self, y: Tensor, ids: Tensor, bank: Sequence[Prepared | None], segments: Segments) -> None:

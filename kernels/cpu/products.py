@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,24 +39,40 @@ def transposed(x: Tensor, weight: Weight, y: Tensor) -> None:
         y += weight.bias
 
 
+def packed(x: Tensor, weight: Weight, y: Tensor) -> None:
+    """oneDNN's, with the copy of the weight that ``with_copy`` made."""
+    y.copy_(torch.ops.mkldnn._linear_pointwise(x, weight.packed, weight.bias, "none", [], ""))
+
+
+def with_copy(weight: Weight) -> Weight:
+    """The weight with a second copy in oneDNN's layout."""
+    return replace(weight, packed=torch.ops.mkldnn._reorder_linear_weight(weight.values))
+
+
 PRODUCTS: tuple[Product, ...] = (plain, transposed)
 
 Choice = tuple[tuple[int, Product | None], ...]
 """By ascending rows; None stands for the kernels' own."""
 
 
-def choose(weights: Sequence[Weight], own: Callable[[Weight], Product]) -> Choice:
-    """The fastest for each number of rows, measured on the largest of ``weights``; ``own`` prepares the kernels'."""
+def choose(weights: Sequence[Weight], own: Callable[[Weight], Product], *, copies: bool = False) -> Choice:
+    """The fastest for each number of rows, measured on the largest of ``weights``; ``own`` prepares the kernels'.
+
+    ``copies``: ``packed`` may be chosen too, which needs every weight twice.
+    """
     weight = max(weights, key=lambda weight: weight.values.nbytes)
     if weight.scales is not None:
         return ((ROWS[-1], None),)  # torch would have to spell the weight out for every batch
     sample = Weight(weight.values[: max(1, MOST_BYTES // weight.values[0].nbytes)])
     caches = torch.empty(CACHE_BYTES, dtype=torch.uint8)
+    products = PRODUCTS
+    if copies and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        sample, products = with_copy(sample), (*PRODUCTS, packed)
     prepared = own(sample)
-    return tuple((rows, _fastest(rows, sample, prepared, caches)) for rows in ROWS)
+    return tuple((rows, _fastest(rows, sample, prepared, products, caches)) for rows in ROWS)
 
 
-def _fastest(rows: int, weight: Weight, own: Product, caches: Tensor) -> Product | None:
+def _fastest(rows: int, weight: Weight, own: Product, others: Sequence[Product], caches: Tensor) -> Product | None:
     out, width = weight.values.shape
     x, y = torch.ones(rows, width, dtype=weight.values.dtype), torch.empty(rows, out, dtype=weight.values.dtype)
 
@@ -65,6 +82,6 @@ def _fastest(rows: int, weight: Weight, own: Product, caches: Tensor) -> Product
         product(x, weight, y)
         return time.perf_counter() - start
 
-    times = {product: min(seconds(product) for _ in range(REPEATS)) for product in (own, *PRODUCTS)}
-    best = min(PRODUCTS, key=lambda product: times[product])
+    times = {product: min(seconds(product) for _ in range(REPEATS)) for product in (own, *others)}
+    best = min(others, key=lambda product: times[product])
     return best if times[best] < ADVANTAGE * times[own] else None

@@ -79,7 +79,7 @@ class TritonBackend:
         """A segment table for at most ``rows`` rows and banks of ``slots`` slots; at first all rows are the base's."""
         return Tiles(rows, slots, self.device)
 
-    def layers(self, weights: Sequence[Weight], slots: int) -> FusedLayers:
+    def layers(self, weights: Sequence[Weight], slots: int, *, copies: bool = False) -> FusedLayers:
         """Layers that read the same input, with empty banks."""
         return FusedLayers(tuple(weights), tuple(self.slots([None] * slots) for _ in weights))
 

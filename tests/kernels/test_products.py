@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve.kernels import dispatch
-from deltaserve.kernels.cpu.products import PRODUCTS, choose
+from deltaserve.kernels.cpu.products import PRODUCTS, choose, packed, with_copy
 from deltaserve.kernels.segments import BASE, Segments
 from deltaserve.kernels.weights import Weight, quantised
 
@@ -152,11 +152,11 @@ def test_a_swap_into_the_weight_counts(backend):
     assert torch.equal(backend.linear(x, layers, None)[0], before)
 
 
-@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
+@pytest.mark.parametrize("product", [*PRODUCTS, packed], ids=lambda product: product.__name__)
 @pytest.mark.parametrize("bias", [False, True])
 def test_torchs_products_are_the_same_product(product, bias):
     rng = torch.Generator().manual_seed(1)
-    weight = random_weight(rng, "float32", 30, 17, bias)
+    weight = with_copy(random_weight(rng, "float32", 30, 17, bias))
     x, y = torch.randn(5, 17, generator=rng), torch.empty(5, 33)
     product(x, weight, y[:, :30])
     assert_close(y[:, :30], expected_product(x, weight), torch.float32, "y")
@@ -183,6 +183,22 @@ def test_the_choice_is_the_fastest_and_prefers_the_own_product(monkeypatch):
     monkeypatch.setattr("deltaserve.kernels.cpu.products.CACHE_BYTES", 1)
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     assert choose([Weight(torch.ones(3, 2))], lambda weight: own) == ((1, None), (4, plain), (16, transposed))
+
+
+@cpu
+def test_weights_are_kept_twice_only_when_asked_for(backend, monkeypatch):
+    monkeypatch.setattr("deltaserve.kernels.cpu.products.ADVANTAGE", 1e9)  # anything is faster than the own product
+    monkeypatch.setattr("deltaserve.kernels.cpu.products.PRODUCTS", ())
+    monkeypatch.setattr(backend, "_choices", {})
+    rng = torch.Generator().manual_seed(4)
+    weights = [random_weight(rng, "float32", out, 31, True) for out in (17, 8)]
+    x = torch.randn(5, 31, generator=rng)
+    layers = backend.layers(weights, 1, copies=True)
+    assert {product for _, product in layers.products} == {packed}
+    for y, weight in zip(backend.linear(x, layers, None), weights, strict=True):
+        assert_close(y, expected_product(x, weight), torch.float32, "y")
+    monkeypatch.undo()
+    assert all(weight.packed is None for weight in backend.layers(weights, 1).weights)
 
 
 @cpu
