@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from deltaserve.delta_store.blobs import BlobStore
 from deltaserve.delta_store.registry.sqlite import SqliteRegistry
 from deltaserve.server.api import chat, completions, errors, models, operations, profiles, variants
+from deltaserve.server.api.tokenisers import Tokenisers
 from deltaserve.server.settings import Settings
 from deltaserve.server.version import installed_version
 
@@ -22,8 +23,9 @@ def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
     """The server as an ASGI application; ``engine`` None loads one as the settings say.
 
     ``app.state`` has ``settings``, ``engine`` (started while the application runs), ``registry``, ``blobs``
-    (artifacts), ``profiles`` (activation profiles, a BlobStore from which nothing is removed) and ``examinations``,
-    which lets one upload at a time have the processor. Raises the DeltaServeError that stands in the way of serving.
+    (artifacts), ``profiles`` (activation profiles, a BlobStore from which nothing is removed), ``tokenisers`` and
+    ``examinations``, which lets one upload at a time have the processor. Raises the DeltaServeError that stands in the
+    way of serving.
     """
     app = FastAPI(title="deltaserve", version=installed_version(), lifespan=_lifespan)
     app.state.settings = settings
@@ -32,6 +34,7 @@ def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
     app.state.registry = SqliteRegistry(settings.folder / "registry.sqlite3")
     app.state.blobs.sweep(app.state.registry.digests)
     app.state.engine = engine or load_engine(settings, app.state.profiles)
+    app.state.tokenisers = Tokenisers(app.state.engine.tokenizer)
     errors.install(app)
     for module in (chat, completions, models, operations, profiles, variants):
         app.include_router(module.router)

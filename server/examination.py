@@ -12,7 +12,7 @@ from safetensors import safe_open
 from deltaserve.delta_store.blobs import BlobStore
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
-from deltaserve.delta_store.errors import ArtifactError, ProfileMissing, UnsupportedArtifact
+from deltaserve.delta_store.errors import DeltaServeError, ProfileMissing, UnsupportedArtifact
 from deltaserve.delta_store.registry import Receipt
 from deltaserve.server.engine.loading import ArtifactLoader
 
@@ -65,7 +65,7 @@ def told_of_the_upload(file: Path) -> Iterator[None]:
     """Messages speak of the upload, not of a path on the server that its sender does not know."""
     try:
         yield
-    except ArtifactError as error:
+    except DeltaServeError as error:
         error.args = (str(error).replace(str(file), "the upload"),)
         raise
 

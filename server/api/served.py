@@ -15,7 +15,7 @@ from deltaserve.delta_store.errors import (
     VariantNotFound,
 )
 from deltaserve.delta_store.registry import Registered
-from deltaserve.server.api.tokenisers import Tokeniser, Tokenisers
+from deltaserve.server.api.tokenisers import Tokeniser
 from deltaserve.server.engine.requests import Version
 
 
@@ -40,8 +40,6 @@ async def resolve(state: State, name: str) -> Served:
 
     Raises VariantNotFound, GenerationFailed (the version's file is damaged), RegistryUnavailable.
     """
-    if getattr(state, "tokenisers", None) is None:
-        state.tokenisers = Tokenisers(state.engine.tokenizer)
     if name == state.settings.base_name:
         return Served(name, None, state.engine.fingerprint, state.tokenisers.base, ExitStack())
     try:

@@ -13,11 +13,11 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.datastructures import State
 
-from deltaserve.delta_store.errors import DeltaServeError, InvalidName
+from deltaserve.delta_store.errors import InvalidName
 from deltaserve.delta_store.registry import Registered, check_name
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_file, receive_form
-from deltaserve.server.examination import examine
+from deltaserve.server.examination import examine, told_of_the_upload
 
 router = APIRouter(prefix="/v1/variants", tags=["variants"], responses=ERRORS)
 
@@ -132,11 +132,8 @@ def encode(adapter: Path, artifact: Path, state: State) -> None:
     """Write the artifact of a LoRA folder. Errors speak of the upload, not of a path that its sender does not know."""
     from deltaserve.delta_store.compress import compress
 
-    try:
+    with told_of_the_upload(adapter):
         compress(state.settings.base, adapter, artifact)
-    except DeltaServeError as error:
-        error.args = (str(error).replace(str(adapter), "the upload"),)
-        raise
 
 
 def register(name: str, file: Path, state: State) -> VariantReceipt:
