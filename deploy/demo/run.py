@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     port = parser.parse_args().port
 
+    refuse_taken(port)
     store = cache_folder() / "demo-store"
     command = [sys.executable, "-m", "deltaserve.server.cli", "serve", str(base_folder())]
     options = ["--served-name", "smollm2", "--store", str(store), "--port", str(port), "--log-level", "warning"]
@@ -42,6 +44,16 @@ def main() -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+def refuse_taken(port: int) -> None:
+    """Another server would answer in place of the one that could not start."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SystemExit(f"Port {port} is taken; stop what listens there, or: make demo PORT=8001") from error
 
 
 def wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
