@@ -33,9 +33,11 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from deltaserve.delta_store.errors import EngineDown, EngineError, GenerationFailed
 from deltaserve.server.engine import attention, sampler
 from deltaserve.server.engine.jobs import Job
+from deltaserve.server.engine.policy import Policy
 from deltaserve.server.engine.requests import Token
 from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.stream import Event, Stream, post
+from deltaserve.server.engine.turns import TakingTurns, owner_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def salted_block_hash(parent: int | None, tokens: list[int]) -> int:
 
 def salt_of(request_id: str) -> int | None:
     """64 bits of the version's digest, None for the base."""
-    digest = request_id.partition("|")[0]
+    digest = owner_of(request_id)
     return int.from_bytes(hashlib.blake2b(digest.encode(), digest_size=8).digest(), "little") if digest else None
 
 
@@ -135,9 +137,11 @@ class Runner(ModelRunner):
 class Processor(api.ContinuousBatchProcessor):
     """One step after the other."""
 
-    def __init__(self, *, routing: Routing, cancelled: deque[str], output_router: Router, **others: Any) -> None:
+    def __init__(
+        self, *, routing: Routing, policy: Policy, cancelled: deque[str], output_router: Router, **others: Any
+    ) -> None:
         super().__init__(output_router=output_router, **others)
-        self.routing, self.cancelled, self.router = routing, cancelled, output_router
+        self.routing, self.policy, self.cancelled, self.router = routing, policy, cancelled, output_router
         self.finished_steps = 0
         self.cache.router = output_router
         self.model_runner.__class__ = Runner
@@ -153,13 +157,20 @@ class Processor(api.ContinuousBatchProcessor):
         ready = super().prepare_next_batch()
         for request_id in gone:
             self.router.close(request_id)
+        if not ready:
+            self.policy.idle()
         return bool(ready)
 
     def _generation_step(self, model: torch.nn.Module) -> None:
         batch = self.inputs_and_outputs.requests_in_batch
-        slots = [self.router.jobs[f.state.request_id].slot for f in batch]
-        self.routing.assign([f.query_length for f in batch], slots, [f.has_new_token for f in batch])
+        jobs = [self.router.jobs[f.state.request_id] for f in batch]
+        lengths = [f.query_length for f in batch]
+        swapped = self.policy.before_step(jobs)
+        wants_token = [f.has_new_token for f in batch]
+        self.routing.assign(lengths, [job.slot for job in jobs], wants_token, swapped=swapped)
+        start = time.perf_counter()
         super()._generation_step(model)
+        self.policy.after_step(len(jobs) if sum(lengths) == len(jobs) else 0, time.perf_counter() - start)
 
     def update_batch(self) -> None:
         """Tell the streams their tokens; rows that failed leave the batch."""
@@ -186,7 +197,14 @@ class Batching(api.ContinuousBatchingManager):
     """The generation thread: takes jobs, runs them in batches, and starts again after a failure."""
 
     def __init__(
-        self, model: PreTrainedModel, routing: Routing, *, cache_tokens: int, batch_tokens: int, running: int
+        self,
+        model: PreTrainedModel,
+        routing: Routing,
+        policy: Policy,
+        *,
+        cache_tokens: int,
+        batch_tokens: int,
+        running: int,
     ) -> None:
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
@@ -202,7 +220,7 @@ class Batching(api.ContinuousBatchingManager):
         super().__init__(model, never_ends, config)
         self._failure: str | None = "The engine is not started"
         self.output_router = self.router = Router()
-        self._routing = routing
+        self._routing, self._policy = routing, policy
         self._cancelled: deque[str] = deque()
         self._stopping = False
         self._taking = threading.Lock()
@@ -264,8 +282,10 @@ class Batching(api.ContinuousBatchingManager):
             model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
         )
         update_cb_config_after_cache_creation(config, cache.num_blocks, cache.max_batch_tokens)
+        scheduler = TakingTurns if self._policy.kind == "swap" else FIFOScheduler
         return Processor(
             routing=self._routing,
+            policy=self._policy,
             cancelled=self._cancelled,
             cache=cache,
             config=self.model.config.get_text_config(),
@@ -278,7 +298,7 @@ class Batching(api.ContinuousBatchingManager):
             background_thread_status=self.background_thread_status,
             model_device=self.model.device,
             model_dtype=self.model.dtype,
-            scheduler=FIFOScheduler(cache, config.safety_margin, config.max_requests_per_batch),
+            scheduler=scheduler(cache, config.safety_margin, config.max_requests_per_batch),
             distributed_helper=self.distributed_helper,
         )
 
@@ -292,6 +312,10 @@ class Batching(api.ContinuousBatchingManager):
                 return self._refuse("The engine was stopped")
             steps = self.batch_processor.finished_steps if self.batch_processor is not None else 0
             fruitless = 0 if steps else fruitless + 1
+            try:
+                self._policy.restore()
+            except EngineError as lost:
+                return self._refuse(str(lost))
             if fruitless == RESTARTS_IN_A_ROW:
                 return self._refuse(f"The engine failed {fruitless} times in a row and stays down: {error}")
             self._start_over(error, pause=0.1 * 2**fruitless if fruitless else 0)
@@ -330,6 +354,7 @@ _SIGNATURES: dict[Callable[..., Any], str] = {
     api.OutputRouter.deliver_batch: "self outputs",
     ModelRunner.compute_batch: "self model batch_data",
     ModelRunner._sample: "self scores output_ids",
+    FIFOScheduler._get_waiting_candidates: "self",
     api.ContinuousBatchProcessor.prepare_next_batch: "self",
     api.ContinuousBatchProcessor._generation_step: "self model",
     api.ContinuousBatchProcessor.update_batch: "self",

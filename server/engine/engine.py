@@ -30,9 +30,11 @@ from deltaserve.server.engine.bank import Bank, Ticket
 from deltaserve.server.engine.continuous_batching import Batching
 from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
+from deltaserve.server.engine.policy import Policy, check_kind
 from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.stream import Stream
+from deltaserve.server.engine.swapping import Swapping
 from deltaserve.server.engine.wrapped import Fitted, VersionDeltas, WrappedModel
 
 STOP_SECONDS = 10.0
@@ -43,10 +45,13 @@ class EngineLimits:
     """How large the engine is. ``context`` None is the model's own, ``threads`` None the numeric libraries' own choice.
 
     ``cache_tokens`` are shared by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and
-    ``bank_slots`` bound the variants in memory.
+    ``bank_slots`` bound the variants in memory. ``weights``: those of linear layers are ``plain``, in ``dtype``, or
+    ``int8`` with a float32 scale a row. ``policy`` is ``auto``, ``mixed`` or ``swap`` (policy.py).
     """
 
     dtype: str = "float32"
+    weights: str = "plain"
+    policy: str = "auto"
     backend: str = "auto"
     bank_bytes: int = 2**30
     bank_slots: int = 64
@@ -69,7 +74,8 @@ class Fit:
 class Engine:
     """Loads the base (whatever ``open_checkpoint`` opens) and wraps its layers; ``start`` makes it take requests.
 
-    ``load`` replaces the reading of artifacts, for tests. Raises CheckpointError, OptionError.
+    ``load`` replaces the reading of artifacts, for tests. ``policy`` says what is swapped now, and how often it was.
+    Raises CheckpointError, OptionError.
     """
 
     def __init__(
@@ -90,16 +96,26 @@ class Engine:
         self.context_length = _context(model, limits)
         self.stop_ids = _stop_ids(model, self.tokenizer)
         routing = Routing()
-        self._wrapped = WrappedModel(model, routing, limits.bank_slots, backend(limits.backend), tied=checkpoint.tied)
+        self._wrapped = WrappedModel(
+            model,
+            routing,
+            limits.bank_slots,
+            backend(limits.backend),
+            tied=checkpoint.tied,
+            int8=_is_int8(limits.weights),
+        )
+        check_kind(limits.policy, self._wrapped.fixed)
         self.vocab_size = self._wrapped.vocabulary
         self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path)
         load = load or self._artifacts
         self.bank = Bank(
             self._wrapped, limits.bank_slots, limits.bank_bytes, lambda version: self._wrapped.fit(load(version))
         )
+        self.policy = self._policy()
         self._batching = Batching(
             model,
             routing,
+            self.policy,
             cache_tokens=limits.cache_tokens,
             batch_tokens=limits.batch_tokens,
             running=limits.max_running,
@@ -172,6 +188,15 @@ class Engine:
         self._wrapped.check_whole(shapes, artifact.manifest.tied_head)
         return Fit(len(artifact.names), len(artifact.names))
 
+    def _policy(self) -> Policy:
+        fixed = self.limits.policy == "mixed" or self._wrapped.fixed is not None
+        return Policy(
+            self.limits.policy,
+            None if fixed else Swapping(self._wrapped, self._artifacts.base_tensor),
+            room=lambda: self.limits.bank_bytes - self.bank.used_bytes,
+            is_resident=lambda digest: digest in self.bank.holders,
+        )
+
     def _check_size(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         if not prompt_ids:
             raise RequestRefused("The prompt is empty; give at least one token", param="prompt")
@@ -200,6 +225,7 @@ class Engine:
         job = Job(
             digest=ticket.version.digest if ticket is not None else "",
             slot=ticket.future.result().slot if ticket is not None else BASE,
+            fitted=fitted,
             prompt=tuple(prompt_ids),
             chooser=chooser,
             stream=stream,
@@ -223,6 +249,12 @@ def _load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
             f"{checkpoint.folder} ({type(model).__name__}) uses {feature}, which is not supported yet"
         )
     return model.eval()
+
+
+def _is_int8(weights: str) -> bool:
+    if weights not in ("plain", "int8"):
+        raise OptionError(f"Unknown kind of weights {weights!r}; known are plain, int8")
+    return weights == "int8"
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

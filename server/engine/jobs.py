@@ -7,17 +7,20 @@ from uuid import uuid4
 from deltaserve.server.engine.requests import Finished
 from deltaserve.server.engine.sampler import Chooser
 from deltaserve.server.engine.stream import Stream
+from deltaserve.server.engine.wrapped import Fitted
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """``digest`` (empty for the base) and ``slot`` are its variant's; ``release`` is called once, when it is over.
+    """``digest`` (empty for the base), ``slot`` and ``fitted`` (None for the base) are its variant's; ``release`` is
+    called once, when it is over.
 
     ``id`` carries the digest, so that whoever knows the id knows whose the request is.
     """
 
     digest: str
     slot: int
+    fitted: Fitted | None
     prompt: Sequence[int]
     chooser: Chooser
     stream: Stream

@@ -17,7 +17,7 @@ from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import BASE, Segments
-from deltaserve.kernels.weights import Weight
+from deltaserve.kernels.weights import Weight, quantised
 from deltaserve.server.engine.routing import Rows
 
 Prepared = Any
@@ -47,20 +47,31 @@ class DeltaLinear(nn.Module):
     """A linear layer (or GPT-2's Conv1D): ``y = base(x) + x @ delta.T + bias delta`` on the rows of variants.
 
     Works once ``unite`` has given it siblings. ``x`` is ``[1, rows, in]`` whenever a row is a variant's.
+    ``added`` float32 ``[out]`` is what the product adds: the bias, or that of the variant that is swapped in.
     """
 
     rows: Rows
     siblings: Siblings
     member: int
+    scales: Tensor | None
+    added: Tensor | None
 
     def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
-        self.rows = rows
+        self.rows, self.scales = rows, None
+        bias = getattr(self, "bias", None)
+        self.added = None if bias is None else bias.detach().float().clone()
         if isinstance(self, Conv1D):  # still [in, out], laid out as the kernels read it
             self.weight.data = self.weight.data.T.contiguous().T
 
+    def quantise(self) -> None:
+        """Keep the weight as int8 with a scale a row, and the float one no more; one that is shared parts from it."""
+        weight = quantised(self.own_weight().values)
+        values = weight.values.T if isinstance(self, Conv1D) else weight.values
+        self.weight, self.scales = nn.Parameter(values, requires_grad=False), weight.scales
+
     def own_weight(self) -> Weight:
-        weight, bias = self.get_parameter("weight").detach(), getattr(self, "bias", None)
-        return Weight(weight.T if isinstance(self, Conv1D) else weight, None, None if bias is None else bias.detach())
+        weight = self.get_parameter("weight").detach()
+        return Weight(weight.T if isinstance(self, Conv1D) else weight, self.scales, self.added)
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         """As deltas have it: a weight is ``[out, in]``, also where the module keeps ``[in, out]``."""
@@ -73,6 +84,12 @@ class DeltaLinear(nn.Module):
     def install(self, parameter: str, slot: int, prepared: Prepared | None) -> None:
         layers = self.siblings.layers
         (layers.install if parameter == "weight" else layers.install_bias)(self.member, slot, prepared)
+
+    @torch.no_grad()
+    def alter(self, parameter: str, prepared: Tensor | None) -> None:
+        """For all rows: the bias becomes that of a variant, or with None the base's again."""
+        own = self.get_parameter(parameter).float()
+        self.added.copy_(own if prepared is None else own + prepared)  # type: ignore[union-attr]  # else no such delta
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.siblings.take(self.member, x, self.rows.segments)
@@ -167,9 +184,16 @@ class DeltaNorm(nn.Module):
         return reference.unpack(delta)
 
     def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
-        table = self.tables[parameter]
-        own = table[0] if prepared is None else (table[0].float() + prepared.to(table.device)).to(table.dtype)
-        table[slot - BASE] = own
+        self.tables[parameter][slot - BASE] = self._own(parameter, prepared)
+
+    @torch.no_grad()
+    def alter(self, parameter: str, prepared: Tensor | None) -> None:
+        """For all rows: the vector becomes that of a variant, or with None the base's again."""
+        self.get_parameter(parameter).copy_(self._own(parameter, prepared))
+
+    def _own(self, parameter: str, prepared: Tensor | None) -> Tensor:
+        base = self.tables[parameter][0]
+        return base if prepared is None else (base.float() + prepared.to(base.device)).to(base.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self.rows.segments

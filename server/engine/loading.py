@@ -47,9 +47,10 @@ class ArtifactLoader:
         profile = self._profile(artifact)
         for name in artifact.names:
             is_lossless = any(isinstance(spec, XorSpec) for spec in artifact.specs(name))
-            yield name, artifact.delta(name, profile, self._tensor(name) if is_lossless else None)
+            yield name, artifact.delta(name, profile, self.base_tensor(name) if is_lossless else None)
 
-    def _tensor(self, name: str) -> Tensor:
+    def base_tensor(self, name: str) -> Tensor:
+        """A parameter of the base from its checkpoint; a linear layer's is ``[out, in]``."""
         tensor = self._base.read(self._base.held_as(name))
         return tensor.T.contiguous() if name in self._base.architecture.transposed else tensor
 

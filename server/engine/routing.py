@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
 
 from deltaserve.kernels.segments import BASE, Segments
 
@@ -18,7 +18,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.segments: Segments | None = None
-        self.places: Tensor
+        self.places = torch.empty(0, dtype=torch.int64)
 
     def assign(self, lengths: Sequence[int], slots: Sequence[int]) -> None:
         """Runs of ``lengths`` consecutive rows belong to ``slots``."""
@@ -31,20 +31,29 @@ class Rows:
 
 
 class Routing:
-    """``tokens``: a row for each token of the step. ``logits``: a row for each request, which is all the head sees."""
+    """``tokens``: a row for each token of the step. ``logits``: a row for each request, which is all the head sees.
 
-    __slots__ = ("logits", "tokens")
+    ``body``: the rows of ``tokens`` for the layers that a variant can be swapped into; while one is, they are nobody's.
+    """
+
+    __slots__ = ("body", "logits", "tokens")
 
     def __init__(self) -> None:
         self.tokens = Rows()
+        self.body = Rows()
         self.logits = Rows()
 
-    def assign(self, lengths: Sequence[int], slots: Sequence[int], wants_token: Sequence[bool]) -> None:
+    def assign(
+        self, lengths: Sequence[int], slots: Sequence[int], wants_token: Sequence[bool], *, swapped: bool = False
+    ) -> None:
         """One entry a request, in flat order: how many rows it has, whose it is, whether its last row gives a token.
 
-        The head gets one row a request; those of requests that want no token come last and are nobody's.
+        The head gets one row a request; those of requests that want no token come last and are nobody's. ``swapped``:
+        all rows are those of the variant that is in the base's weights.
         """
         self.tokens.assign(lengths, slots)
+        self.body.segments = None if swapped else self.tokens.segments
+        self.body.places = self.tokens.places
         wanted = [slot for slot, wants in zip(slots, wants_token, strict=True) if wants]
         idle = len(slots) - len(wanted)
         self.logits.assign([1] * len(slots), wanted + [BASE] * idle)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -11,8 +12,17 @@ from transformers import PreTrainedModel
 
 from deltaserve.delta_store.errors import UnsupportedArtifact
 from deltaserve.kernels.dispatch import Backend
-from deltaserve.kernels.parts import Delta
-from deltaserve.server.engine.layers import DeltaLayer, DeltaLinear, Prepared, become, twin_of, unite
+from deltaserve.kernels.parts import Delta, Sparse
+from deltaserve.server.engine.layers import (
+    DeltaEmbedding,
+    DeltaLayer,
+    DeltaLinear,
+    DeltaNorm,
+    Prepared,
+    become,
+    twin_of,
+    unite,
+)
 from deltaserve.server.engine.routing import Routing
 
 
@@ -30,23 +40,34 @@ class VersionDeltas:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """A version's deltas in the layout of the layers. ``vocabulary`` counts the token ids that it knows."""
+    """A version's deltas in the layout of the layers. ``vocabulary`` counts the token ids that it knows.
+
+    ``overwrites``: bytes of the base's weights that swapping it in would change, and keep a copy of.
+    """
 
     prepared: Mapping[str, Prepared]
     nbytes: int
     vocabulary: int
     stop_ids: frozenset[int] | None
+    overwrites: int = 0
 
 
 class WrappedModel:
     """Turns the layers of ``model`` into their twins, with ``slots`` places for variants.
 
     ``tied``: input embedding and output head of the base are one matrix. ``shapes`` are those of the parameters that
-    can have a delta, by their names in the model's state dict.
+    can have a delta, by their names in the model's state dict. ``int8``: linear layers keep their weights in that.
+
+    Variants are swapped into the body: ``weights`` (``[out, in]``, the model's own memory) and the biases and norms of
+    ``vectors``. Embeddings and head stay as they are: their deltas are cheap beside them, and mostly of low rank, so
+    that swapping would rewrite the largest matrix of a small model. ``fixed`` says why no variant can be swapped in.
     """
 
-    def __init__(self, model: PreTrainedModel, routing: Routing, slots: int, backend: Backend, *, tied: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, routing: Routing, slots: int, backend: Backend, *, tied: bool, int8: bool = False
+    ) -> None:
         self.tied = tied
+        self.backend = backend
         self._embedding, self._head = _weight_names(model)
         self._layers: dict[str, tuple[DeltaLayer, str]] = {}
         body = f"{model.base_model_prefix}."
@@ -56,11 +77,27 @@ class WrappedModel:
             if (twin := twin_of(module, is_head=f"{name}.weight" == self._head)) is None:
                 continue
             rows = routing.tokens if name.startswith(body) or not keeps_few else routing.logits
+            if name.startswith(body) and twin is not DeltaEmbedding:
+                rows = routing.body
             become(module, twin, rows, slots, backend)
+            if int8 and isinstance(module, DeltaLinear):
+                module.quantise()
             for parameter, _ in module.named_parameters():
                 self._layers[f"{name}.{parameter}"] = (module, parameter)
         for family in families:
             unite(family, slots, backend)
+        inside = {name: at for name, at in self._layers.items() if at[0].rows is routing.body}
+        self.weights = {
+            name: layer.own_weight().values
+            for name, (layer, parameter) in inside.items()
+            if isinstance(layer, DeltaLinear) and parameter == "weight"
+        }
+        self.vectors = {
+            name: (layer, parameter)
+            for name, (layer, parameter) in inside.items()
+            if name not in self.weights and isinstance(layer, DeltaLinear | DeltaNorm)
+        }
+        self.fixed = self._why_fixed(int8)
         self.shapes = {name: layer.shape_of(parameter) for name, (layer, parameter) in self._layers.items()}
         self.vocabulary = self.shapes[self._embedding][0]
 
@@ -94,15 +131,18 @@ class WrappedModel:
         """Bring a version into the layers' layout, one tensor at a time. Raises UnsupportedArtifact."""
         prepared: dict[str, Prepared] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        overwrites = 0
         for name, delta in version.deltas:
             self.check({name: delta.shape})
             prepared[name] = self._layers[name][0].prepare(delta)
             shapes[name] = delta.shape
+            if name in self.weights:
+                overwrites += _changed_values(delta) * self.weights[name].element_size()
         vocabulary = self.check_whole(shapes, version.tied_head)
         nbytes = sum(_nbytes(values) for values in prepared.values())
         if self.tied and version.tied_head and self._embedding in prepared:
             prepared[self._head] = prepared[self._embedding]
-        return Fitted(prepared, nbytes, vocabulary, version.stop_ids)
+        return Fitted(prepared, nbytes, vocabulary, version.stop_ids, overwrites)
 
     def install(self, slot: int, fitted: Fitted) -> None:
         """Put a version into a slot that no running request uses; safe while the model runs."""
@@ -114,6 +154,15 @@ class WrappedModel:
         """Forget what is in a slot that no running request uses; safe while the model runs."""
         for layer, parameter in self._layers.values():
             layer.install(parameter, slot, None)
+
+    def _why_fixed(self, int8: bool) -> str | None:
+        if int8:
+            return "int8 weights cannot hold the sum of base and delta"
+        if self.backend.NAME == "reference":
+            return "the reference kernels cannot swap in what they have prepared"
+        if len({weight.data_ptr() for weight in self.weights.values()}) < len(self.weights):
+            return "some of the base's layers share a weight"
+        return None
 
 
 @torch.no_grad()
@@ -149,3 +198,9 @@ def _weight_names(model: PreTrainedModel) -> tuple[str, str]:
 
 def _nbytes(prepared: Prepared) -> int:
     return prepared.nbytes if isinstance(prepared, Tensor) else int(prepared.nbytes)
+
+
+def _changed_values(delta: Delta) -> int:
+    """Kept columns of a sparse part alone; any other delta changes the whole weight."""
+    alone = delta.parts[0] if len(delta.parts) == 1 else None
+    return delta.shape[0] * alone.columns.shape[1] if isinstance(alone, Sparse) else prod(delta.shape)
