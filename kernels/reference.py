@@ -192,6 +192,17 @@ def delta_embedding_(y: Tensor, ids: Tensor, bank: Sequence[Prepared | None], se
             y[rows] = total.to(y.dtype)
 
 
+def rms_norm(x: Tensor, table: Tensor, places: Tensor | None, epsilon: float, offset: float) -> Tensor:
+    """``y[t] = (table[places[t]] + offset) * x[t] / sqrt(mean(x[t]**2) + epsilon)``, in float32, in the dtype of ``x``.
+
+    ``x`` ``[rows, .., n]``, ``table`` ``[entries, n]``: one vector for the base and each slot; ``places`` int64
+    ``[rows]``, None where every row takes the first entry.
+    """
+    weight = table[0] if places is None else table[places].view(len(x), *[1] * (x.dim() - 2), -1)
+    normal = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+    return ((weight.float() + offset) * normal).to(x.dtype)
+
+
 def unpack(delta: Delta) -> Tensor:
     """The delta as a dense float32 tensor of its shape: the oracle of every test."""
     prepared = prepare(delta)

@@ -110,6 +110,8 @@ struct Operations {
     void (*panel)(const Tile* tiles, int64_t count, int64_t from, int64_t to, const Matrix& y, float* scratch);
     // y[row, from .. to] += addend[from .. to]
     void (*add)(const Matrix& y, int64_t row, int64_t from, int64_t to, const float* addend);
+    // y [width] = (weight + offset) * x / root(mean(x * x) + epsilon)
+    void (*rms_norm)(const float* x, const float* weight, int64_t width, float epsilon, float offset, float* y);
     // to [width] = row of x in float32
     void (*widen)(const Matrix& x, int64_t row, float* to);
     // y[row] += delta[id]

@@ -93,7 +93,7 @@ template <class Run> int32_t caught(Run run) {
 using namespace deltaserve;
 
 // Raised whenever a signature or struct changes; library.py refuses to load a library of another version.
-DELTASERVE_API int deltaserve_abi_version() { return 4; }
+DELTASERVE_API int deltaserve_abi_version() { return 5; }
 
 // The operations for an instruction set, or nullptr where this machine or this build has it not.
 DELTASERVE_API const void* deltaserve_operations(const char* name) {
@@ -135,6 +135,21 @@ DELTASERVE_API int32_t deltaserve_embedding(const void* operations, void* y, int
         return embedding(*static_cast<const Operations*>(operations), to, ids, {deltas, slots},
                          {offsets, owners, segments});
     });
+}
+
+// y, x [rows * heads, width]; row t's heads share weight row places[t] of `table` [entries, width], 0 where places is nullptr.
+DELTASERVE_API int32_t deltaserve_rms_norm(const void* operations, float* y, const float* x, int64_t rows, int64_t heads,
+                                           int64_t width, const float* table, int64_t entries, const int64_t* places,
+                                           float epsilon, float offset) {
+    for (int64_t row = 0; places && row < rows; ++row)
+        if (places[row] < 0 || places[row] >= entries) return int32_t(Error::slot);
+    const Operations& own = *static_cast<const Operations*>(operations);
+    share(threads_for(double(rows * heads * width) / 4), rows, [&](int64_t row, int64_t end, int) {
+        for (; row < end; ++row)
+            for (int64_t head = row * heads; head < (row + 1) * heads; ++head)
+                own.rms_norm(x + head * width, table + (places ? places[row] : 0) * width, width, epsilon, offset, y + head * width);
+    });
+    return int32_t(Error::none);
 }
 
 DELTASERVE_API int32_t deltaserve_swap(const void* operations, const Swap* swaps, int64_t count, int32_t in) {

@@ -1,7 +1,7 @@
 """The compiled CPU library, loaded through ctypes so that it links neither Python nor torch."""
 
 import ctypes
-from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 # Before the library, which uses OpenMP: its libgomp.so.1 is then torch's own, already loaded, and the process has one.
 import torch  # noqa: F401
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 """Fastest first."""
 
@@ -41,6 +41,10 @@ def library() -> ctypes.CDLL:
     loaded.deltaserve_operations.argtypes = [c_char_p]
     loaded.deltaserve_linear.argtypes = [c_void_p, c_void_p, c_int64, *_MATRIX, *_MATRIX, *_TABLE]
     loaded.deltaserve_embedding.argtypes = [c_void_p, *_MATRIX, c_void_p, *_SEGMENTS]
+    pointer, count, number = c_void_p, c_int64, c_float
+    loaded.deltaserve_rms_norm.argtypes = [
+        *(pointer, pointer, pointer, count, count, count, pointer, count, pointer, number, number)
+    ]
     loaded.deltaserve_swap.argtypes = [c_void_p, c_void_p, c_int64, c_int32]
     return loaded
 

@@ -214,6 +214,21 @@ void add(const Matrix& y, int64_t row, int64_t from, int64_t to, const float* ad
     });
 }
 
+void rms_norm(const float* x, const float* weight, int64_t width, float epsilon, float offset, float* y) {
+    F16 squares[2] = {zero<F16>(), zero<F16>()};
+    int64_t i = 0;
+    for (; i + 2 * CHUNK <= width; i += 2 * CHUNK)
+        for (int chain = 0; chain < 2; ++chain) {
+            const F16 values = load<F16>(x + i + chain * CHUNK);
+            squares[chain] = fused(values, values, squares[chain]);
+        }
+    float sum = 0;
+    add_sums<1>(add(squares[0], squares[1]), &sum);
+    for (; i < width; ++i) sum += x[i] * x[i];
+    const float factor = 1 / __builtin_sqrtf(sum / float(width) + epsilon);
+    for (i = 0; i < width; ++i) y[i] = (weight[i] + offset) * (x[i] * factor);
+}
+
 void widen(const Matrix& x, int64_t row, float* to) {
     with_dtype(x.dtype, [&](auto* type) {
         const auto* from = row_of<std::remove_pointer_t<decltype(type)>>(x, row);
@@ -336,7 +351,7 @@ constexpr int LANES = DELTASERVE_ROWS == 16 ? 16 : 8;
 #define DELTASERVE_NAME(isa) DELTASERVE_TEXT(isa)
 
 const Operations DELTASERVE_TABLE(DELTASERVE_ISA) = {
-    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, product, add_panel, add, widen, embed, swap_in, swap_out,
+    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, product, add_panel, add, rms_norm, widen, embed, swap_in, swap_out,
 };
 
 } // namespace deltaserve

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaserve.kernels import reference
 from deltaserve.kernels.cpu.layers import WEIGHT_CODECS, Layers, Slots
 from deltaserve.kernels.cpu.layout import MatrixStruct, Prepared, SwapStruct, prepare
 from deltaserve.kernels.cpu.library import library, operations
@@ -50,6 +51,7 @@ class CpuBackend:
         self._linear = library().deltaserve_linear
         self._embedding = library().deltaserve_embedding
         self._swap = library().deltaserve_swap
+        self._rms_norm = library().deltaserve_rms_norm
         self._choices: dict[Any, Choice] = {}
 
     prepare = staticmethod(prepare)
@@ -154,6 +156,24 @@ class CpuBackend:
         # fmt: on
         if error:
             raise _exception(error)
+
+    def rms_norm(self, x: Tensor, table: Tensor, places: Tensor | None, epsilon: float, offset: float) -> Tensor:
+        """``y[t] = (table[places[t]] + offset) * x[t] / sqrt(mean(x[t]**2) + epsilon)``, as ``reference.rms_norm``."""
+        if x.dtype != torch.float32 or table.dtype != torch.float32 or not table.is_contiguous():
+            return reference.rms_norm(x, table, places, epsilon, offset)
+        x = x.contiguous()
+        y, (rows, *heads, width) = torch.empty_like(x), x.shape
+        if width != table.shape[1] or (places is not None and (len(places) != rows or places.dtype != torch.int64)):
+            raise ValueError(f"{tuple(x.shape)} does not fit a table {tuple(table.shape)} and its places")
+        # fmt: off
+        error = self._rms_norm(
+            self._operations, y.data_ptr(), x.data_ptr(), rows, prod(heads), width,
+            table.data_ptr(), len(table), None if places is None else places.data_ptr(), epsilon, offset,
+        )
+        # fmt: on
+        if error:
+            raise _exception(error)
+        return y
 
     def swap_in_(self, weight: Tensor, delta: Delta | Prepared) -> SwapToken:
         """``weight += delta`` in place, rounded once; returns what ``swap_out_`` needs. ``weight`` is contiguous."""

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, knobs
 
+from deltaserve.kernels import reference
 from deltaserve.kernels.layers import Layers
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
@@ -176,6 +177,8 @@ class TritonBackend:
             weight.view(-1, weight.shape[-1])[token.rows] = token.saved
         else:
             weight.view_as(token.saved).copy_(token.saved)
+
+    rms_norm = staticmethod(reference.rms_norm)
 
     def swap_in_all_(self, weights: Sequence[Tensor], deltas: Sequence[Delta | Prepared]) -> list[SwapToken]:
         """``swap_in_`` of a whole variant."""

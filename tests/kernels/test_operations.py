@@ -162,3 +162,28 @@ def test_a_whole_variant_swaps_in_and_leaves_no_trace(backend, dtype):
     backend.swap_out_all_(weights, token)
     for weight, old in zip(weights, before, strict=True):
         assert torch.equal(weight.view(torch.uint8), old.view(torch.uint8))
+
+
+@backends
+@pytest.mark.parametrize("heads", [(), (3,)], ids=["rows", "rows and heads"])
+@pytest.mark.parametrize("width", [1, 16, 33, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_takes_each_rows_own_vector(backend, heads, width, dtype):
+    rng = torch.Generator().manual_seed(7)
+    x, table = torch.randn(5, *heads, width, generator=rng).to(dtype), torch.randn(4, width, generator=rng).to(dtype)
+    places = torch.tensor([0, 3, 1, 1, 2])
+    for offset in (0.0, 1.0):
+        normal = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        own = (table[places].double() + offset).view(5, *[1] * len(heads), width)
+        assert_close(backend.rms_norm(x, table, places, 1e-5, offset), own * normal, dtype, "own vectors")
+        same = (table[0].double() + offset) * normal
+        assert_close(backend.rms_norm(x, table, None, 1e-5, offset), same, dtype, "the base's vector")
+
+
+@pytest.mark.parametrize("name", [name for name in dispatch.BACKENDS if name.startswith("cpu")])
+def test_a_norm_whose_places_are_no_entries_is_refused(name):
+    backend, x = dispatch.BACKENDS[name], torch.ones(2, 8)
+    with pytest.raises(ValueError, match="slot"):
+        backend.rms_norm(x, torch.ones(3, 8), torch.tensor([0, 3]), 1e-5, 0.0)
+    with pytest.raises(ValueError, match="does not fit"):
+        backend.rms_norm(x, torch.ones(3, 9), None, 1e-5, 0.0)
