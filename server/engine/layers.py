@@ -6,7 +6,7 @@ not copied). A linear layer's product is the kernel backend's; the forward of al
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
-from deltaserve.kernels.segments import BASE, Segments
+from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight, quantised
+from deltaserve.server.engine.norms import DeltaNorm
 from deltaserve.server.engine.routing import Rows
 
 Prepared = Any
@@ -159,57 +160,6 @@ class DeltaEmbedding(nn.Module):
         return y[None]
 
 
-class DeltaNorm(nn.Module):
-    """A norm of any family: one whose parameters are vectors and whose forward takes one tensor.
-
-    ``tables[parameter]`` ``[1 + slots, n]`` holds the base's vector and, by slot, each variant's own. Most families
-    only multiply by the weight, so all rows run at once with a vector each; the others (LayerNorm's fused kernel) run
-    once a variant.
-    """
-
-    rows: Rows
-    tables: dict[str, Tensor]
-    takes_a_vector_each_row: bool
-
-    def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
-        self.rows = rows
-        vectors = {name: vector.detach() for name, vector in self.named_parameters()}
-        self.takes_a_vector_each_row = _takes_a_vector_each_row(super().forward, self, vectors)
-        self.tables = {name: vector.repeat(slots + 1, 1) for name, vector in vectors.items()}
-
-    def shape_of(self, parameter: str) -> tuple[int, ...]:
-        return tuple(self.get_parameter(parameter).shape)
-
-    def prepare(self, delta: Delta) -> Tensor:
-        return reference.unpack(delta)
-
-    def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
-        self.tables[parameter][slot - BASE] = self._own(parameter, prepared)
-
-    @torch.no_grad()
-    def alter(self, parameter: str, prepared: Tensor | None) -> None:
-        """For all rows: the vector becomes that of a variant, or with None the base's again."""
-        self.get_parameter(parameter).copy_(self._own(parameter, prepared))
-
-    def _own(self, parameter: str, prepared: Tensor | None) -> Tensor:
-        base = self.tables[parameter][0]
-        return base if prepared is None else (base.float() + prepared.to(base.device)).to(base.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        segments = self.rows.segments
-        if segments is None:
-            return super().forward(x)
-        if self.takes_a_vector_each_row:
-            places = self.rows.places
-            vectors = {name: _spread(table.index_select(0, places), x[0]) for name, table in self.tables.items()}
-            return _with_parameters(self, vectors, super().forward, x[0])[None]
-        y: Tensor = super().forward(x)
-        for slot, rows in segments.rows.items():
-            vectors = {name: table[slot - BASE] for name, table in self.tables.items()}
-            y[0, rows] = _with_parameters(self, vectors, super().forward, x[0, rows])
-        return y
-
-
 DeltaLayer = DeltaLinear | DeltaEmbedding | DeltaNorm
 
 
@@ -235,33 +185,3 @@ def unite(family: Sequence[DeltaLinear], slots: int, backend: Backend) -> None:
     siblings = Siblings(family, slots, backend)
     for member, layer in enumerate(family):
         layer.siblings, layer.member = siblings, member
-
-
-def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
-    """Whether two rows with a vector each come out, bit for bit, as one row at a time does with its vector."""
-    x = torch.linspace(-1, 1, 2 * vectors["weight"].numel()).view(2, -1).to(vectors["weight"])
-    each = {name: torch.stack([vector, vector + 1]) for name, vector in vectors.items()}
-    try:
-        together = _with_parameters(norm, each, forward, x)
-    except (RuntimeError, ValueError):
-        return False
-    alone = [_with_parameters(norm, {n: v[i] for n, v in each.items()}, forward, x[i : i + 1]) for i in range(2)]
-    return torch.equal(together, torch.cat(alone))
-
-
-def _with_parameters(
-    module: nn.Module, vectors: dict[str, Tensor], forward: Callable[[Tensor], Tensor], x: Tensor
-) -> Tensor:
-    """``forward(x)`` as if these were the module's parameters; only the generation thread runs the model."""
-    own = dict(module._parameters)
-    module._parameters.update(vectors)  # type: ignore[arg-type]
-    try:
-        with torch.no_grad():
-            return forward(x)
-    finally:
-        module._parameters.update(own)
-
-
-def _spread(vectors: Tensor, like: Tensor) -> Tensor:
-    """``[rows, n]`` as ``[rows, 1, .., n]``: heads of a row share its vector."""
-    return vectors.view(len(vectors), *[1] * (like.ndim - 2), -1)

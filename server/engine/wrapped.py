@@ -17,12 +17,12 @@ from deltaserve.server.engine.layers import (
     DeltaEmbedding,
     DeltaLayer,
     DeltaLinear,
-    DeltaNorm,
     Prepared,
     become,
     twin_of,
     unite,
 )
+from deltaserve.server.engine.norms import DeltaNorm
 from deltaserve.server.engine.routing import Routing
 
 

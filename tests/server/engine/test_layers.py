@@ -16,7 +16,8 @@ from deltaserve.kernels import reference
 from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Delta, Dense
 from deltaserve.kernels.segments import BASE
-from deltaserve.server.engine.layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaNorm, become, twin_of, unite
+from deltaserve.server.engine.layers import DeltaEmbedding, DeltaHead, DeltaLinear, become, twin_of, unite
+from deltaserve.server.engine.norms import DeltaNorm
 from deltaserve.server.engine.routing import Routing, Rows
 from deltaserve.server.engine.wrapped import VersionDeltas, WrappedModel
 
@@ -96,6 +97,17 @@ def test_most_norms_run_all_rows_at_once() -> None:
     assert at_once["llama"]
     assert at_once["gemma"]
     assert not at_once["layer"]
+
+
+def test_root_mean_square_norms_are_known_by_what_they_compute() -> None:
+    formulas = {}
+    for name, make in NORMS.items():
+        norm = make()
+        become(norm, DeltaNorm, routing().tokens, 2, reference)
+        formulas[name] = norm.formula
+    assert formulas["llama"] == (1e-6, 0)
+    assert formulas["gemma"] == (1e-6, 1)
+    assert formulas["layer"] is None
 
 
 def test_without_variants_in_the_step_a_layer_is_the_base() -> None:

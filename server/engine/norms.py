@@ -1,0 +1,124 @@
+"""The delta-aware twin of a norm: every row is multiplied by its own variant's vectors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deltaserve.kernels import reference
+from deltaserve.kernels.dispatch import Backend
+from deltaserve.kernels.parts import Delta
+from deltaserve.kernels.segments import BASE
+from deltaserve.server.engine.routing import Rows
+
+Formula = tuple[float, float]
+"""epsilon and offset of ``(weight + offset) * x / sqrt(mean(x**2) + epsilon)``."""
+
+
+class DeltaNorm(nn.Module):
+    """A norm of any family: one whose parameters are vectors and whose forward takes one tensor.
+
+    ``tables[parameter]`` ``[1 + slots, n]`` holds the base's vector and, by slot, each variant's own. A norm by the
+    root of the mean square, known by what it computes, is one kernel. Of the others, most only multiply by the weight,
+    so all rows run at once with a vector each; the rest (LayerNorm's fused kernel) run once a variant.
+    """
+
+    rows: Rows
+    backend: Backend
+    tables: dict[str, Tensor]
+    formula: Formula | None
+    takes_a_vector_each_row: bool
+
+    def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
+        self.rows, self.backend = rows, backend
+        vectors = {name: vector.detach() for name, vector in self.named_parameters()}
+        self.formula = _formula(super().forward, self, vectors)
+        self.takes_a_vector_each_row = _takes_a_vector_each_row(super().forward, self, vectors)
+        self.tables = {name: vector.repeat(slots + 1, 1) for name, vector in vectors.items()}
+
+    def shape_of(self, parameter: str) -> tuple[int, ...]:
+        return tuple(self.get_parameter(parameter).shape)
+
+    def prepare(self, delta: Delta) -> Tensor:
+        return reference.unpack(delta)
+
+    def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
+        self.tables[parameter][slot - BASE] = self._own(parameter, prepared)
+
+    @torch.no_grad()
+    def alter(self, parameter: str, prepared: Tensor | None) -> None:
+        """For all rows: the vector becomes that of a variant, or with None the base's again."""
+        self.get_parameter(parameter).copy_(self._own(parameter, prepared))
+
+    def _own(self, parameter: str, prepared: Tensor | None) -> Tensor:
+        base = self.tables[parameter][0]
+        return base if prepared is None else (base.float() + prepared.to(base.device)).to(base.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        segments = self.rows.segments
+        if self.formula is not None:
+            return self._by_formula(x, self.formula)
+        if segments is None:
+            return super().forward(x)
+        if self.takes_a_vector_each_row:
+            places = self.rows.places
+            vectors = {name: _spread(table.index_select(0, places), x[0]) for name, table in self.tables.items()}
+            return _with_parameters(self, vectors, super().forward, x[0])[None]
+        y: Tensor = super().forward(x)
+        for slot, rows in segments.rows.items():
+            vectors = {name: table[slot - BASE] for name, table in self.tables.items()}
+            y[0, rows] = _with_parameters(self, vectors, super().forward, x[0, rows])
+        return y
+
+    def _by_formula(self, x: Tensor, formula: Formula) -> Tensor:
+        if self.rows.segments is None:
+            weight = self.get_parameter("weight").detach()[None]
+            return self.backend.rms_norm(x.reshape(-1, x.shape[-1]), weight, None, *formula).view_as(x)
+        return self.backend.rms_norm(x[0], self.tables["weight"], self.rows.places, *formula)[None]
+
+
+def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
+    """Whether two rows with a vector each come out, bit for bit, as one row at a time does with its vector."""
+    x = torch.linspace(-1, 1, 2 * vectors["weight"].numel()).view(2, -1).to(vectors["weight"])
+    each = {name: torch.stack([vector, vector + 1]) for name, vector in vectors.items()}
+    try:
+        together = _with_parameters(norm, each, forward, x)
+    except (RuntimeError, ValueError):
+        return False
+    alone = [_with_parameters(norm, {n: v[i] for n, v in each.items()}, forward, x[i : i + 1]) for i in range(2)]
+    return torch.equal(together, torch.cat(alone))
+
+
+def _with_parameters(
+    module: nn.Module, vectors: dict[str, Tensor], forward: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """``forward(x)`` as if these were the module's parameters; only the generation thread runs the model."""
+    own = dict(module._parameters)
+    module._parameters.update(vectors)  # type: ignore[arg-type]
+    try:
+        with torch.no_grad():
+            return forward(x)
+    finally:
+        module._parameters.update(own)
+
+
+def _spread(vectors: Tensor, like: Tensor) -> Tensor:
+    """``[rows, n]`` as ``[rows, 1, .., n]``: heads of a row share its vector."""
+    return vectors.view(len(vectors), *[1] * (like.ndim - 2), -1)
+
+
+def _formula(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> Formula | None:
+    """That of a float32 root-mean-square norm, found by comparison; None for any other norm."""
+    if set(vectors) != {"weight"} or vectors["weight"].dtype != torch.float32:
+        return None
+    n = vectors["weight"].numel()
+    weight = torch.linspace(-1, 2, n)
+    x = torch.stack([torch.linspace(-1, 1.5, n), torch.linspace(2e-3, -1e-3, n)])  # where epsilon counts, too
+    own = _with_parameters(norm, {"weight": weight}, forward, x)
+    for epsilon in (getattr(norm, name, None) for name in ("variance_epsilon", "eps")):
+        for offset in (0.0, 1.0):
+            if epsilon is not None and torch.allclose(
+                reference.rms_norm(x, weight[None], None, epsilon, offset), own, rtol=1e-5, atol=1e-6
+            ):
+                return float(epsilon), offset
+    return None
