@@ -91,35 +91,35 @@ def compress(
     goes into the artifact. The same input, options and seed give the same file. Raises OptionError and what opening
     the checkpoints raises; then nothing is written.
     """
-    chosen = _chosen(method, fine_tuned)
+    chosen = method_for(method, fine_tuned)
     settings = chosen.options(options or {})
-    _check_output(out)
+    check_output(out)
     _check_text(chosen, settings, calibration, profile)
     base_checkpoint = open_checkpoint(base)
     fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
-    _check_fits(chosen, fine_tune)
+    check_fits(chosen, fine_tune)
     held_out = None if evaluate is None else _evaluation_samples(evaluate, base_checkpoint, fine_tune)
     tuned_on = _tuning_samples(settings, calibration, base_checkpoint, fine_tune) if chosen.tune else []
     progress("Fingerprint", 0, 1)
     base_fingerprint = fingerprint(base_checkpoint)
     weights = None
     if chosen.needs_profile:
-        stage = _stage(progress, "Profile of the base")
+        stage = stage_of(progress, "Profile of the base")
         weights = profile_for(base_checkpoint, base_fingerprint, calibration, profile, stage)
-    facts = _facts(base_checkpoint.architecture, weights)
-    parts = list(_encode(chosen, settings, base_checkpoint, fine_tune, facts, _stage(progress, "Compress")))
-    needed = weights if _is_weighted(parts) else None
+    facts = facts_of(base_checkpoint.architecture, weights)
+    parts = encode_parts(chosen, settings, base_checkpoint, fine_tune, facts, stage_of(progress, "Compress"))
+    needed = weights if is_weighted(parts) else None
     warnings = () if parts else (f"{fine_tune.folder.name} equals the base, so the artifact holds no delta",)
-    file = _File(out, base_checkpoint, fine_tune, base_fingerprint, needed, chosen, settings, warnings)
+    file = ArtifactFile(out, base_checkpoint, fine_tune, base_fingerprint, needed, chosen, settings, warnings)
     if chosen.tune:
         with file.draft(parts) as draft:
-            stage = _stage(progress, "Tune")
+            stage = stage_of(progress, "Tune")
             parts = divided(parts, chosen.tune(base_checkpoint, fine_tune, draft, tuned_on, settings, stage))
     quality = None
     if held_out is not None:
         with file.draft(parts) as draft:
-            quality = measure(base_checkpoint, fine_tune, draft, needed, held_out, _stage(progress, "Evaluate"))
-    digest = file.write(out, parts, quality)
+            quality = measure(base_checkpoint, fine_tune, draft, needed, held_out, stage_of(progress, "Evaluate"))
+    digest = file.write(out, parts, None if quality is None else asdict(quality))
     return Receipt(
         path=str(out),
         digest=digest,
@@ -129,15 +129,18 @@ def compress(
         tensors_changed=len({name for name, _, _ in parts}),
         tensors_total=fine_tune.tensor_count,
         profile=needed.digest if needed else None,
-        q=_divisors(parts) if chosen.tune else None,
+        q=divisors(parts) if chosen.tune else None,
         warnings=warnings,
         quality=quality,
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _File:
-    """Everything about an artifact that is to be written to ``out`` but its parts and their quality."""
+class ArtifactFile:
+    """Everything about an artifact that is to be written to ``out`` but its parts and their quality.
+
+    ``q`` is what a search divided survivors by, beside their probability.
+    """
 
     out: Path
     base: Checkpoint
@@ -147,8 +150,9 @@ class _File:
     method: Method
     options: Options
     warnings: tuple[str, ...]
+    q: float = 1.0
 
-    def write(self, path: Path, parts: Parts, quality: Quality | None) -> str:
+    def write(self, path: Path, parts: Parts, quality: dict[str, JsonValue] | None) -> str:
         """Returns the digest."""
         return write_artifact(
             path,
@@ -157,7 +161,7 @@ class _File:
             parts=parts,
             profile=self.profile.digest if self.profile else None,
             provenance=self._provenance(),
-            quality=None if quality is None else asdict(quality),
+            quality=quality,
             files=differing_files(self.base.folder, self.fine_tune.folder),
         )
 
@@ -176,20 +180,23 @@ class _File:
         return {
             "method": self.method.name,
             "options": {name: getattr(self.options, name) for name in self.method.defaults},
+            **({} if self.q == 1 else {"q": self.q}),
             "base": self.base.folder.name,
             "fine_tuned": self.fine_tune.folder.name,
             "dtype": str(self.fine_tune.dtype).removeprefix("torch."),
             "parameters": self.fine_tune.parameters,
             "warnings": list(self.warnings),
-            "deltaserve": _version(),
+            "deltaserve": deltaserve_version(),
         }
 
 
-def _chosen(name: str | None, fine_tuned: str | Path) -> Method:
+def method_for(name: str | None, fine_tuned: str | Path) -> Method:
+    """The method of this name, or the default for this kind of fine-tune."""
     return method_named(name or ("lora" if is_adapter(fine_tuned) else "weighted"))
 
 
-def _check_output(out: Path) -> None:
+def check_output(out: Path) -> None:
+    """Raise OptionError where no file can be written."""
     if out.is_dir():
         raise OptionError(f"{out} is a folder; name the artifact's file")
     if not out.absolute().parent.is_dir():
@@ -205,7 +212,7 @@ def _check_text(chosen: Method, settings: Options, calibration: Path | None, pro
         raise OptionError("To judge by labels, text with answers is needed; give calibration, or judge by output")
 
 
-def _check_fits(chosen: Method, fine_tune: FineTune) -> None:
+def check_fits(chosen: Method, fine_tune: FineTune) -> None:
     """Refuse a method that is not for this kind of fine-tune."""
     fits = [m.name for m in METHODS.values() if (m.for_adapters if fine_tune.is_adapter else m.for_checkpoints)]
     if chosen.name not in fits:
@@ -228,11 +235,19 @@ def _tuning_samples(settings: Options, text: Path | None, base: Checkpoint, fine
     return calibration_samples(base, text, TUNING_TOKENS, fine_tune.folder, base.folder)
 
 
-def _facts(architecture: Architecture, profile: Profile | None) -> BaseFacts:
+def facts_of(architecture: Architecture, profile: Profile | None) -> BaseFacts:
+    """What methods know of this base."""
     config = architecture.config.get_text_config(decoder=True)
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     whole_heads = width // heads if heads and width else None
     return BaseFacts(profile, embedding_names(architecture), getattr(config, "head_dim", None) or whole_heads)
+
+
+def encode_parts(
+    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, facts: BaseFacts, progress: Count
+) -> Parts:
+    """What stands for the fine-tune under a method, one tensor of it in memory at a time."""
+    return list(_encode(chosen, settings, base, fine_tune, facts, progress))
 
 
 def _encode(
@@ -253,21 +268,25 @@ def _check_shape(name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _is_weighted(parts: Parts) -> bool:
+def is_weighted(parts: Parts) -> bool:
+    """Whether serving these parts needs the profile."""
     return any(isinstance(spec, SparseSpec) and spec.mask == "weighted" for _, spec, _ in parts)
 
 
-def _divisors(parts: Parts) -> tuple[float, float] | None:
+def divisors(parts: Parts) -> tuple[float, float] | None:
+    """The least and the largest q."""
     found = [spec.divisor for _, spec, _ in parts if isinstance(spec, SparseSpec | FactorsSpec)]
     return (min(found), max(found)) if found else None
 
 
-def _version() -> str:
+def deltaserve_version() -> str:
+    """Of the installed package."""
     try:
         return version("deltaserve")
     except PackageNotFoundError:
         return "from source"
 
 
-def _stage(progress: Progress, name: str) -> Count:
+def stage_of(progress: Progress, name: str) -> Count:
+    """The progress of one stage."""
     return lambda done, total: progress(name, done, total)

@@ -52,8 +52,13 @@ def measure(
     rows = []
     for done, sample in enumerate(samples):
         progress(done, len(samples))
-        rows.append(_compare(outputs(full, sample), outputs(merged, sample), _targets(sample)))
-    divergence, agreement, loss_fine_tuned, loss_artifact = torch.cat(rows, 1).double()
+        rows.append(compare(outputs(full, sample), outputs(merged, sample), targets(sample)))
+    return quality_of(torch.cat(rows, 1), loss_base)
+
+
+def quality_of(rows: Tensor, loss_base: float | None) -> Quality:
+    """The report of what ``compare`` gave for all tokens."""
+    divergence, agreement, loss_fine_tuned, loss_artifact = rows.double()
     return Quality(
         tokens=len(divergence),
         kl_mean=divergence.mean().item(),
@@ -103,11 +108,11 @@ def output_change(model: Any, samples: Sequence[Sample], wanted: Sequence[Tensor
 
 def loss(model: Any, samples: Sequence[Sample]) -> float:
     """Mean cross-entropy of the scored tokens, in nats."""
-    losses = [-outputs(model, sample).gather(1, _targets(sample)[:, None])[:, 0] for sample in samples]
+    losses = [-outputs(model, sample).gather(1, targets(sample)[:, None])[:, 0] for sample in samples]
     return torch.cat(losses).double().mean().item()
 
 
-def _compare(wanted: Tensor, given: Tensor, targets: Tensor) -> Tensor:
+def compare(wanted: Tensor, given: Tensor, targets: Tensor) -> Tensor:
     """float32 ``[4, tokens]``: divergence, agreement, both losses, from log-probabilities ``[tokens, vocabulary]``."""
     agreement = wanted.argmax(1) == given.argmax(1)
     losses = [-scores.gather(1, targets[:, None])[:, 0] for scores in (wanted, given)]
@@ -131,5 +136,6 @@ def _model(base: Checkpoint, tensors: Any, vocabulary: int, tied: bool) -> Any:
     return plain_model(base.architecture, config, tensors, torch.float32)
 
 
-def _targets(sample: Sample) -> Tensor:
+def targets(sample: Sample) -> Tensor:
+    """int64 ``[tokens]``: the ids that are scored."""
     return torch.tensor(sample.ids[sample.start :])

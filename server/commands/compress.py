@@ -1,21 +1,24 @@
 """``deltaserve compress``: from a fine-tune to its artifact."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 
+from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.pruning.options import BLOCKS, CODECS
 from deltaserve.server.client import AsJson
 from deltaserve.server.commands.progress import stages
 
 if TYPE_CHECKING:
     from deltaserve.delta_store.compress import Receipt
+    from deltaserve.delta_store.selection.select import Selection
+    from deltaserve.delta_store.selection.tolerance import Tolerance
 
 
 def command(
@@ -44,7 +47,10 @@ def command(
     unit: Annotated[str | None, typer.Option(help="structural: rows, columns or heads.")] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Text for the base's activation profile, or for darex: plain, or .jsonl conversations."),
+        typer.Option(
+            help="Text for the base's activation profile, for darex, or to measure a tolerance on: plain, or .jsonl "
+            "conversations."
+        ),
     ] = None,
     profile: Annotated[
         Path | None,
@@ -53,6 +59,30 @@ def command(
     evaluate: Annotated[
         Path | None, typer.Option(help="Held-out text to measure on: plain, or .jsonl conversations.")
     ] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option(
+            help="Search the smallest artifact with this KL to the full fine-tune: nats, or 2% of the base's."
+        ),
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="The same with this share of tokens on which both put the same first: 0.98.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--bytes", help="The artifact of the least KL in so many bytes, everything counted.")
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="Prompts and answers in .jsonl, scored by exact match of the greedy answer.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option(help="Search the smallest artifact with this score on --task: 0.9.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where a search draws what it tried; by default beside the artifact.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option(help="Write the nearest artifact where nothing is within the tolerance.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress a fine-tune into one small file: its delta from the base, pruned and quantised.
@@ -60,10 +90,15 @@ def command(
     Each method takes some of the options and refuses the others; those left out are its own defaults. A conversation
     is a line of JSON with "prompt" and "answer", or with "messages".
 
-    Example: `deltaserve compress ./base ./reviews -o reviews.safetensors --drop 0.95 --evaluate held-out.jsonl`
-    """
-    from deltaserve.delta_store.compress import compress
+    With a tolerance (--max-kl, --min-agreement, --bytes, or --task and --min-score) it searches method and options,
+    those that are given being settled: on --calibration text, confirmed on --evaluate text or a third of the former.
+    An interrupted search goes on where it stopped.
 
+    Example: `deltaserve compress ./base ./reviews -o reviews.safetensors --drop 0.95 --evaluate held-out.jsonl`
+
+    Example: `deltaserve compress ./base ./reviews -o reviews.safetensors --max-kl 2% --calibration texts.jsonl`
+    """
+    tolerance = _tolerance(max_kl, min_agreement, size, min_score)
     choices = {
         "drop": drop,
         "block": block,
@@ -75,24 +110,129 @@ def command(
         "per": per,
         "unit": unit,
     }
+    options = {name: value for name, value in choices.items() if value is not None}
+    if tolerance is not None:
+        _select(
+            base,
+            fine_tuned,
+            output,
+            tolerance,
+            _Texts(calibration, evaluate, task),
+            as_json,
+            method=method,
+            options=options,
+            profile=profile,
+            plot=plot,
+            force=force,
+        )
+        return
+    for name, given in (("--task", task), ("--plot", plot), ("--force", force)):
+        if given:
+            raise OptionError(f"{name} is for a search; add a tolerance such as --max-kl 2%, or leave it out")
+    from deltaserve.delta_store.compress import compress
+
     with stages() as progress:
         receipt = compress(
             base,
             fine_tuned,
             output,
             method=method,
-            options={name: value for name, value in choices.items() if value is not None},
+            options=options,
             calibration=calibration,
             profile=profile,
             evaluate=evaluate,
             progress=progress,
         )
-    for warning in receipt.warnings:
-        Console(stderr=True).print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    _warn(receipt)
     if as_json:
         typer.echo(json.dumps({**asdict(receipt), "ratio": round(receipt.ratio, 2)}, indent=2))
     else:
-        typer.echo("\n".join(f"{name:<12}{value}" for name, value in _lines(receipt)))
+        _print(_lines(receipt))
+
+
+class _Texts(NamedTuple):
+    """What the user gave to search on, to confirm on, and to score."""
+
+    calibration: Path | None
+    evaluate: Path | None
+    task: Path | None
+
+
+def _tolerance(
+    max_kl: str | None, min_agreement: float | None, size: int | None, min_score: float | None
+) -> "Tolerance | None":
+    """The one that was given; OptionError for two, or for one that is no number."""
+    from deltaserve.delta_store.selection.tolerance import Tolerance
+
+    given = {"max_kl": max_kl, "min_agreement": min_agreement, "bytes": size, "min_score": min_score}
+    kinds = [kind for kind, value in given.items() if value is not None]
+    if len(kinds) > 1:
+        named = " and ".join(f"--{kind.replace('_', '-')}" for kind in kinds)
+        raise OptionError(f"A search has one tolerance, not {named}; give one of them")
+    if not kinds:
+        return None
+    text = str(given[kinds[0]])
+    relative = kinds[0] == "max_kl" and text.endswith("%")
+    try:
+        value = float(text.removesuffix("%")) / (100 if relative else 1)
+    except ValueError as error:
+        raise OptionError(f"--max-kl is {text!r}; give nats (0.004), or a share of the base's KL (2%)") from error
+    return Tolerance(kinds[0], value, relative)
+
+
+def _select(
+    base: str, fine_tuned: str, output: Path, tolerance: "Tolerance", texts: _Texts, as_json: bool, **settings: Any
+) -> None:
+    from deltaserve.delta_store.selection.select import select
+    from deltaserve.delta_store.selection.texts import Files
+
+    if texts.task and texts.calibration:
+        raise OptionError("A task's prompts and answers are what its search runs on; leave --calibration out")
+    files = Files(texts.task or texts.calibration, texts.evaluate, is_task=texts.task is not None)
+    with stages() as progress:
+        selection = select(base, fine_tuned, output, tolerance, files=files, progress=progress, **settings)
+    _warn(selection.receipt)
+    if as_json:
+        ratio = round(selection.receipt.ratio, 2)
+        receipt = {**asdict(selection.receipt), "ratio": ratio, "quality": selection.report}
+        typer.echo(json.dumps({**receipt, "selection": _but_receipt(selection)}, indent=2))
+    else:
+        typer.echo("\n".join(selection.path) + "\n")
+        _print(_lines(selection.receipt))
+        _print(_selected(selection))
+
+
+def _but_receipt(selection: "Selection") -> dict[str, Any]:
+    return {name: value for name, value in asdict(selection).items() if name not in ("receipt", "report")}
+
+
+def _warn(receipt: "Receipt") -> None:
+    for warning in receipt.warnings:
+        Console(stderr=True).print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(lines: Iterable[tuple[str, str]]) -> None:
+    typer.echo("\n".join(f"{name:<12}{value}" for name, value in lines))
+
+
+def _selected(selection: "Selection") -> Iterator[tuple[str, str]]:
+    report: Any = selection.report
+    dare, seeds = report["dare"], report["seeds"]
+    if report["gain_kept"] is not None:
+        yield "gain kept", f"{report['gain_kept']:.1%} of what fine-tuning gained in loss"
+    yield "plain DARE", f"KL {dare['kl_mean']:.5f} at {dare['bytes']:,} bytes ({dare['made_by']})"
+    if seeds:
+        yield "seeds", ", ".join(f"{seed}: KL {point['kl_mean']:.5f}" for seed, point in seeds.items())
+    if "score_artifact" in report:
+        base = "-" if report["score_base"] is None else f"{report['score_base']:.1%}"
+        yield (
+            "score",
+            f"{base} base, {report['score_fine_tuned']:.1%} fine-tune, {report['score_artifact']:.1%} artifact",
+        )
+    yield "bytes", ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["bytes"].items())
+    yield "chosen", selection.chosen
+    yield "tried", f"{selection.tried} points, {selection.resumed} of them earlier ({selection.journal})"
+    yield "plot", selection.plot or "none, as matplotlib is not installed"
 
 
 def _lines(receipt: "Receipt") -> Iterator[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""Selection: the smallest artifact whose loss, measured, is within what the user allows."""
