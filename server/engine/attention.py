@@ -52,10 +52,13 @@ class Spans:
     reads: Tensor
 
     @classmethod
-    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int]) -> "Spans":
-        """Lay out requests of these lengths, in flat order; each request's queries are the last of its keys."""
+    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], *, gathered: bool = True) -> "Spans":
+        """Lay out requests of these lengths, in flat order; each request's queries are the last of its keys.
+
+        ``gathered`` False: ``reads`` will not be heeded, since all keys are new; then they stay in flat order.
+        """
         queries, keys = _offsets(query_lengths), _offsets(key_lengths)
-        singles = [i for i, length in enumerate(query_lengths) if length == 1]
+        singles = [i for i, length in enumerate(query_lengths) if length == 1 and gathered]
         decodes, reads, start = [], [], 0
         for group in _similar(singles, key_lengths):
             decodes.append(_decodes(group, queries, key_lengths, start))
@@ -65,7 +68,7 @@ class Spans:
             start += decodes[-1].keys * len(group)
         prefills = []
         for i, length in enumerate(query_lengths):
-            if length > 1:
+            if length > 1 or not gathered:
                 prefills.append(_prefill(queries[i], length, start, key_lengths[i]))
                 reads.append(torch.arange(keys[i], keys[i + 1]))
                 start += key_lengths[i]

@@ -115,9 +115,12 @@ class Runner(ModelRunner):
     def compute_batch(self, model: torch.nn.Module, batch_data: dict[str, Any]) -> None:
         """One step, with the keys laid out as the attention wants them."""
         batch = self.inputs_and_outputs.requests_in_batch
-        spans = attention.Spans.of([f.query_length for f in batch], [f.state.position_offset for f in batch])
         reads = batch_data["read_index"][0]
-        if reads.numel():
+        gathered = reads.numel() > 0
+        spans = attention.Spans.of(
+            [f.query_length for f in batch], [f.state.position_offset for f in batch], gathered=gathered
+        )
+        if gathered:
             padding = self.cache.cache_allocators["full_attention"].read_trash_index
             batch_data["read_index"] = [spans.gather(reads, padding)]
         super().compute_batch(model, batch_data | {"spans": spans})
@@ -314,7 +317,7 @@ class Batching(api.ContinuousBatchingManager):
             fruitless = 0 if steps else fruitless + 1
             try:
                 self._policy.restore()
-            except EngineError as lost:
+            except EngineDown as lost:
                 return self._refuse(str(lost))
             if fruitless == RESTARTS_IN_A_ROW:
                 return self._refuse(f"The engine failed {fruitless} times in a row and stays down: {error}")

@@ -23,7 +23,7 @@ SHARE = 0.05
 LEAST_SHARE = 0.005
 """A share that comes out smaller is noise; the version gets another chance, later."""
 COMPARED_STEPS = 8
-"""Steps before and after a swap that are compared, all with as many rows."""
+"""Decoding steps before and after a swap that are compared, all with as many rows; no fewer come before a swap."""
 
 
 @dataclass(slots=True)
@@ -81,8 +81,8 @@ class Policy:
         """``decodes``: its rows, if each was a request's next token, else 0."""
         if not self._owner:
             return
-        if not self.swapped:
-            self._spent += seconds * self._costs[self._owner].share
+        if not self.swapped and (costs := self._costs.get(self._owner)) is not None:
+            self._spent += seconds * costs.share
         if decodes:
             self._steps.append((decodes, seconds))
         if self.swapped and self._before is not None and (after := self._typical_step()) is not None:
@@ -94,7 +94,7 @@ class Policy:
             self._swap_out(self._swapping)
 
     def restore(self) -> None:
-        """Make sure of the base after a step or swap that failed. Raises EngineError if it is lost."""
+        """Make sure of the base after a step or swap that failed. Raises EngineDown if it is lost."""
         self.swapped, self._owner = "", ""
         if self._swapping is not None:
             self._swapping.restore()
@@ -103,7 +103,8 @@ class Policy:
         if fitted is None or not fitted.overwrites:
             return False
         costs = self._costs.setdefault(digest, Costs(fitted.overwrites * SWAP_SECONDS_A_BYTE, SHARE))
-        return (self.kind == "swap" or self._spent >= costs.swap_s) and fitted.overwrites <= self._room()
+        long_enough = len(self._steps) == COMPARED_STEPS and self._spent >= costs.swap_s
+        return (self.kind == "swap" or long_enough) and fitted.overwrites <= self._room()
 
     def _swap_in(self, swapping: Swapping, job: Job) -> None:
         start = perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaserve.delta_store.errors import DeltaServeError, EngineError
+from deltaserve.delta_store.errors import DeltaServeError, EngineDown
 from deltaserve.server.engine.wrapped import Fitted, WrappedModel
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,16 @@ class Swapping:
 
     def swap_out(self) -> None:
         """Take out what is in. If this raises, ``restore`` must follow."""
+        for layer, parameter in self._model.vectors.values():
+            layer.alter(parameter, None)
         if self._swapped is not None:
             weights, token = self._swapped
             self._model.backend.swap_out_all_(weights, token)
             self._swapped = None
-        for layer, parameter in self._model.vectors.values():
-            layer.alter(parameter, None)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make sure that the base is itself, after whatever failed. Raises EngineError if it cannot be."""
+        """Make sure that the base is itself, after whatever failed. Raises EngineDown if it cannot be."""
         try:
             self.swap_out()
         except Exception:  # whatever the backend stumbles over now, the checkpoint has the weights too
@@ -61,9 +61,9 @@ class Swapping:
         try:
             weight.copy_(self._read(name))
         except (DeltaServeError, OSError, RuntimeError) as error:
-            raise EngineError(f"The base's {name} was damaged and cannot be read again; restart: {error}") from error
+            raise EngineDown(f"The base's {name} was damaged and cannot be read again; restart: {error}") from error
         if _checksum(weight) != self._sums[name]:
-            raise EngineError(f"The base's {name} was damaged and its checkpoint has changed since; restart")
+            raise EngineDown(f"The base's {name} was damaged and its checkpoint has changed since; restart")
 
 
 def _checksum(weight: Tensor) -> int:

@@ -134,6 +134,26 @@ def test_a_full_cache_displaces_requests_and_brings_them_back(tmp_path: Path, mo
     assert displaced
 
 
+def test_prompts_of_one_token_begin_in_a_step_with_longer_ones(tmp_path: Path) -> None:
+    """A step that reads nothing from the cache: its keys are laid out otherwise."""
+    base = tiny_llama()
+    variants = variants_of(base, ("dense",))
+    prompts = [[5, 9, 33], [7], [2, 11], [40], [7]]
+    owners = [None, "dense", "dense", None, None]
+
+    async def at_once(engine: Engine) -> list[list[int]]:
+        versions = [None if owner is None else Version(owner, owner, "") for owner in owners]
+        return await asyncio.gather(
+            *(collect(engine, prompt, on, greedy(12)) for prompt, on in zip(prompts, versions, strict=True))
+        )
+
+    with serving(base, variants, tmp_path) as engine:
+        asyncio.run(at_once(engine))  # loads the variant, so that the next ones all begin together
+        answers = asyncio.run(at_once(engine))
+    models = {None: base, "dense": variants["dense"].merged}
+    assert answers == [alone(models[owner], prompt, 12) for owner, prompt in zip(owners, prompts, strict=True)]
+
+
 def test_equal_requests_at_once_all_get_the_same(tmp_path: Path) -> None:
     """What a request for n > 1 choices becomes."""
     base = tiny_llama()
