@@ -11,9 +11,6 @@ from deltaserve.delta_store.selection.tolerance import Goal
 CLOSE = 0.93
 """An error of this share of what is allowed is near enough: KL on text is known no better."""
 
-NARROW = 1.04
-"""Sizes that differ by this factor are one: in a row of 576 columns, 12 or 13 are kept."""
-
 AIM = 0.97
 STEEPNESS = (0.4, 3.0)
 """Error is about 1 / size: between these powers, whatever two trials beside each other say."""
@@ -96,14 +93,13 @@ def _next_size(trials: list[Trial], goal: Goal) -> float | None:
         return None
     small = max((t.size for t in trials if goal.fits(t.point) == goal.grows), default=family.least)
     large = min((t.size for t in trials if goal.fits(t.point) != goal.grows), default=family.most)
-    sizes = {t.size for t in trials}
+    tried = {t.size for t in trials}
     guess = family.rounded(crossing(trials, goal))
-    if not small < guess < large or guess in sizes:
-        bounds_tried = small in sizes and large in sizes
-        guess = family.rounded((small * large) ** 0.5) if bounds_tried else (small if guess <= small else large)
-    if guess in sizes or (small in sizes and large in sizes and large / small < NARROW):
-        return None
-    return guess
+    if guess <= small:
+        guess = small if small not in tried else family.beside(small, up=True)
+    elif guess >= large:
+        guess = large if large not in tried else family.beside(large, up=False)
+    return guess if small <= guess <= large and guess not in tried else None
 
 
 def _log_excess(trial: Trial, goal: Goal) -> float:

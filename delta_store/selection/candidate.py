@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from deltaserve.delta_store.pruning.methods import METHODS, method
 from deltaserve.delta_store.pruning.options import Value
 
+NARROW = 1.04
+"""Densities that differ by less are one: in a row of 576 columns, 12 or 13 are kept."""
+
 Settings = tuple[tuple[str, Value], ...]
 """Options and their values, sorted by name."""
 
@@ -86,6 +89,12 @@ class Family:
         """The nearest size that there is."""
         within = min(max(size, self.least), self.most)
         return float(f"{within:.3g}") if self.axis == "density" else float(round(within))
+
+    def beside(self, size: float, up: bool) -> float:
+        """The next size that makes a difference."""
+        if self.axis == "density":
+            return self.rounded(size * NARROW if up else size / NARROW)
+        return self.rounded(size + (1 if up else -1))
 
     @property
     def branch(self) -> str:
