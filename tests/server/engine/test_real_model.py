@@ -1,14 +1,16 @@
-"""The same proof on the demo's real base and its real variants, in one batch."""
+"""The same proof on the demo's real base and its real variants, in one batch and swapped in one after the other."""
 
 import asyncio
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 from engine_variants import alone, collect, greedy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.profile import Profile
@@ -40,29 +42,54 @@ def merged(path: Path | None) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def test_variants_of_a_real_model_equal_their_merged_models() -> None:
-    engine = Engine(
-        base_folder(), limits=EngineLimits(cache_tokens=1024), profile_path=lambda _: DEMO / "profile.safetensors"
-    )
-    prompts = [engine.tokenizer(text).input_ids for text in TEXTS]
-    owners = [None, *ARTIFACTS]
-    jobs = [(owner, prompt) for prompt in prompts for owner in owners]
+@cache
+def own_answers(path: Path | None) -> list[list[int]]:
+    """What the merged model says to each of ``TEXTS``, alone."""
+    model = merged(path)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    return [alone(model, tokenizer(text).input_ids, NEW_TOKENS) for text in TEXTS]
 
-    async def all_at_once() -> list[list[int]]:
-        versions = {path: Version(path.stem, open_artifact(path).digest, str(path)) for path in ARTIFACTS}
-        return await asyncio.gather(
-            *(collect(engine, prompt, versions.get(owner), greedy(NEW_TOKENS)) for owner, prompt in jobs)  # type: ignore[arg-type]
-        )
 
+@contextmanager
+def real_engine(policy: str) -> Iterator[Engine]:
+    limits = EngineLimits(cache_tokens=1024, policy=policy)
+    engine = Engine(base_folder(), limits=limits, profile_path=lambda _: DEMO / "profile.safetensors")
     engine.start()
     try:
-        answers = asyncio.run(all_at_once())
+        yield engine
     finally:
         engine.stop()
-    for owner in owners:
-        model = merged(owner)
-        for (whose, prompt), answer in zip(jobs, answers, strict=True):
-            if whose == owner:
-                assert answer == alone(model, prompt, NEW_TOKENS), owner
-    by_owner = {tuple(tuple(a) for (whose, _), a in zip(jobs, answers, strict=True) if whose == o) for o in owners}
-    assert len(by_owner) == len(owners)
+
+
+async def ask(engine: Engine, owners: Sequence[Path | None]) -> list[list[list[int]]]:
+    """Every owner is asked every text, all at once."""
+
+    async def one(owner: Path | None) -> list[list[int]]:
+        on = None if owner is None else Version(owner.stem, open_artifact(owner).digest, str(owner))
+        prompts = [engine.tokenizer(text).input_ids for text in TEXTS]
+        return await asyncio.gather(*(collect(engine, prompt, on, greedy(NEW_TOKENS)) for prompt in prompts))
+
+    return await asyncio.gather(*map(one, owners))
+
+
+def test_variants_of_a_real_model_equal_their_merged_models() -> None:
+    owners = [None, *ARTIFACTS]
+    with real_engine("mixed") as engine:
+        answers = asyncio.run(ask(engine, owners))
+    assert answers == [own_answers(owner) for owner in owners]
+    assert len({str(answer) for answer in answers}) == len(owners)
+
+
+def test_swapped_variants_of_a_real_model_equal_their_merged_models_and_leave_the_base_as_it_was() -> None:
+    with real_engine("swap") as engine:
+        weights = dict(engine._batching.model.named_parameters())
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        assert asyncio.run(ask(engine, ARTIFACTS)) == [own_answers(path) for path in ARTIFACTS]
+        assert engine.policy.swapped
+        assert asyncio.run(ask(engine, [None])) == [own_answers(None)]
+        assert engine.policy.swapped == ""
+        assert engine.policy.swaps == 2 * len(ARTIFACTS)
+        changed = [
+            name for name in before if not torch.equal(weights[name].view(torch.int32), before[name].view(torch.int32))
+        ]
+        assert changed == []
