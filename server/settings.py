@@ -23,8 +23,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     served_name: str | None = Field(None, description="Model id of the base; the last part of its path if not given")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Number format of the loaded base")
-    weights: Literal["plain", "int8"] = Field(
-        "plain", description="Weights of the base's linear layers: plain, in dtype, or int8 with a scale a row"
+    weights: Literal["plain", "int8", "packed"] = Field(
+        "plain",
+        description="Weights of the base's linear layers: plain, in dtype; int8 with a scale a row; or packed, kept "
+        "twice where that is faster",
     )
     policy: Literal["auto", "mixed", "swap"] = Field(
         "auto", description="Deltas apply beside the base (mixed), inside its weights (swap), or as measured (auto)"

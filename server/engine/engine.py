@@ -45,8 +45,9 @@ class EngineLimits:
     """How large the engine is. ``context`` None is the model's own, ``threads`` None the numeric libraries' own choice.
 
     ``cache_tokens`` are shared by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and
-    ``bank_slots`` bound the variants in memory. ``weights``: those of linear layers are ``plain``, in ``dtype``, or
-    ``int8`` with a float32 scale a row. ``policy`` is ``auto``, ``mixed`` or ``swap`` (policy.py).
+    ``bank_slots`` bound the variants in memory. ``weights``: those of linear layers are ``plain``, in ``dtype``;
+    ``int8`` with a float32 scale a row; or ``packed``, kept twice where that is faster. ``policy`` is ``auto``,
+    ``mixed`` or ``swap`` (policy.py).
     """
 
     dtype: str = "float32"
@@ -102,7 +103,7 @@ class Engine:
             limits.bank_slots,
             backend(limits.backend),
             tied=checkpoint.tied,
-            int8=_is_int8(limits.weights),
+            kept=_checked_kind(limits.weights),
         )
         check_kind(limits.policy, self._wrapped.fixed)
         self.vocab_size = self._wrapped.vocabulary
@@ -251,10 +252,10 @@ def _load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _is_int8(weights: str) -> bool:
-    if weights not in ("plain", "int8"):
-        raise OptionError(f"Unknown kind of weights {weights!r}; known are plain, int8")
-    return weights == "int8"
+def _checked_kind(weights: str) -> str:
+    if weights not in ("plain", "int8", "packed"):
+        raise OptionError(f"Unknown kind of weights {weights!r}; known are plain, int8, packed")
+    return weights
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

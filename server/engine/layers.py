@@ -28,8 +28,8 @@ Prepared = Any
 class Siblings:
     """Linear layers that read the same input one after another: the first to be asked computes for all of them."""
 
-    def __init__(self, members: Sequence["DeltaLinear"], slots: int, backend: Backend) -> None:
-        self.layers = backend.layers([member.own_weight() for member in members], slots)
+    def __init__(self, members: Sequence["DeltaLinear"], slots: int, backend: Backend, *, copies: bool) -> None:
+        self.layers = backend.layers([member.own_weight() for member in members], slots, copies=copies)
         self.backend = backend
         self._x: Tensor | None = None
         self._ys: list[Tensor | None] = []
@@ -180,8 +180,11 @@ def become(module: nn.Module, twin: type, rows: Rows, slots: int, backend: Backe
     module.adopt(rows, slots, backend)  # type: ignore[operator]
 
 
-def unite(family: Sequence[DeltaLinear], slots: int, backend: Backend) -> None:
-    """Let linear layers that the model calls in a row with the same input be computed at once; one alone as well."""
-    siblings = Siblings(family, slots, backend)
+def unite(family: Sequence[DeltaLinear], slots: int, backend: Backend, *, copies: bool = False) -> None:
+    """Let linear layers that the model calls in a row with the same input be computed at once; one alone as well.
+
+    ``copies``: their weights may be kept twice where that is faster.
+    """
+    siblings = Siblings(family, slots, backend, copies=copies)
     for member, layer in enumerate(family):
         layer.siblings, layer.member = siblings, member

@@ -22,6 +22,8 @@ class Swapping:
 
     def __init__(self, model: WrappedModel, read: Callable[[str], Tensor]) -> None:
         self._model, self._read = model, read
+        for weight in model.weights.values():
+            _take_over(weight)
         self._sums = {name: _checksum(weight) for name, weight in model.weights.items()}
         self._swapped: tuple[list[Tensor], Any] | None = None
 
@@ -64,6 +66,12 @@ class Swapping:
             raise EngineDown(f"The base's {name} was damaged and cannot be read again; restart: {error}") from error
         if _checksum(weight) != self._sums[name]:
             raise EngineDown(f"The base's {name} was damaged and its checkpoint has changed since; restart")
+
+
+def _take_over(weight: Tensor) -> None:
+    """Write every page once: those of a mapped file would be copied one by one during the first swap, in ten times its
+    time."""
+    weight.view(torch.int16).bitwise_or_(0)
 
 
 def _checksum(weight: Tensor) -> int:

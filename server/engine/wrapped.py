@@ -56,7 +56,8 @@ class WrappedModel:
     """Turns the layers of ``model`` into their twins, with ``slots`` places for variants.
 
     ``tied``: input embedding and output head of the base are one matrix. ``shapes`` are those of the parameters that
-    can have a delta, by their names in the model's state dict. ``int8``: linear layers keep their weights in that.
+    can have a delta, by their names in the model's state dict. ``kept`` says how linear layers keep their weights:
+    plain; int8; or packed, plain with a second copy in a library's layout wherever that is measured to be faster.
 
     Variants are swapped into the body: ``weights`` (``[out, in]``, the model's own memory) and the biases and norms of
     ``vectors``. Embeddings and head stay as they are: their deltas are cheap beside them, and mostly of low rank, so
@@ -64,7 +65,14 @@ class WrappedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, routing: Routing, slots: int, backend: Backend, *, tied: bool, int8: bool = False
+        self,
+        model: PreTrainedModel,
+        routing: Routing,
+        slots: int,
+        backend: Backend,
+        *,
+        tied: bool,
+        kept: str = "plain",
     ) -> None:
         self.tied = tied
         self.backend = backend
@@ -80,12 +88,12 @@ class WrappedModel:
             if name.startswith(body) and twin is not DeltaEmbedding:
                 rows = routing.body
             become(module, twin, rows, slots, backend)
-            if int8 and isinstance(module, DeltaLinear):
+            if kept == "int8" and isinstance(module, DeltaLinear):
                 module.quantise()
             for parameter, _ in module.named_parameters():
                 self._layers[f"{name}.{parameter}"] = (module, parameter)
         for family in families:
-            unite(family, slots, backend)
+            unite(family, slots, backend, copies=kept == "packed")
         inside = {name: at for name, at in self._layers.items() if at[0].rows is routing.body}
         self.weights = {
             name: layer.own_weight().values
@@ -97,7 +105,7 @@ class WrappedModel:
             for name, (layer, parameter) in inside.items()
             if name not in self.weights and isinstance(layer, DeltaLinear | DeltaNorm)
         }
-        self.fixed = self._why_fixed(int8)
+        self.fixed = self._why_fixed(kept)
         self.shapes = {name: layer.shape_of(parameter) for name, (layer, parameter) in self._layers.items()}
         self.vocabulary = self.shapes[self._embedding][0]
 
@@ -155,9 +163,11 @@ class WrappedModel:
         for layer, parameter in self._layers.values():
             layer.install(parameter, slot, None)
 
-    def _why_fixed(self, int8: bool) -> str | None:
-        if int8:
+    def _why_fixed(self, kept: str) -> str | None:
+        if kept == "int8":
             return "int8 weights cannot hold the sum of base and delta"
+        if kept == "packed":
+            return "packed weights are copies that a swap does not reach"
         if self.backend.NAME == "reference":
             return "the reference kernels cannot swap in what they have prepared"
         if len({weight.data_ptr() for weight in self.weights.values()}) < len(self.weights):

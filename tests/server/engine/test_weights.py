@@ -99,7 +99,7 @@ def test_int8_weights_take_a_quarter_and_the_float_ones_are_freed(tied: bool) ->
     scales = sum(m.weight.shape[0] * 4 for m in linear)
     head_copy = model.lm_head.weight.numel() if tied else 0
     del body
-    WrappedModel(model, Routing(), 2, backend(), tied=tied, int8=True)
+    WrappedModel(model, Routing(), 2, backend(), tied=tied, kept="int8")
     gc.collect()
     assert tensor_bytes(model) == before - float_bytes + float_bytes // 4 + scales + head_copy
     assert [storage() for storage in freed] == [None] * len(freed)
@@ -114,6 +114,22 @@ def test_the_base_on_int8_with_every_kind_of_kernel(tmp_path: Path, kernels: str
     with serving(base, {}, tmp_path, replace(INT8, backend=kernels)) as engine:
         own = spelled_out(base)
         assert answers(engine, prompts, [None] * 4) == [alone(own, prompt, 12) for prompt in prompts]
+
+
+def test_packed_weights_serve_the_same_tokens_and_are_not_swapped(tmp_path: Path) -> None:
+    base = BASES["tied"]
+    variants = {kind: random_variant(base, kind, seed) for seed, kind in enumerate(KINDS, start=1)}
+    models = {None: base} | {kind: variant.merged for kind, variant in variants.items()}
+    names, prompts = list(models), random_prompts(8, seed=6)
+    owners = [names[i % len(names)] for i in range(len(prompts))]
+    with serving(base, variants, tmp_path, replace(SMALL, weights="packed", bank_slots=6)) as engine:
+        wanted = [alone(models[owner], prompt, 12) for owner, prompt in zip(owners, prompts, strict=True)]
+        assert answers(engine, prompts, owners) == wanted
+    with (
+        pytest.raises(OptionError, match="packed weights are copies"),
+        serving(base, variants, tmp_path, replace(SMALL, weights="packed", policy="swap")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("policy", "weights"), [("mixed", "plain"), ("swap", "plain"), ("mixed", "int8")])
@@ -151,7 +167,7 @@ def behind(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> floa
 
 def test_a_kind_of_weights_that_is_unknown_is_refused(tmp_path: Path) -> None:
     with (
-        pytest.raises(OptionError, match=r"'int4'; known are plain, int8"),
+        pytest.raises(OptionError, match=r"'int4'; known are plain, int8, packed"),
         serving(BASES["tied"], {}, tmp_path, replace(SMALL, weights="int4")),
     ):
         pass
