@@ -12,6 +12,7 @@ CLOSE = 0.93
 """An error of this share of what is allowed is near enough: KL on text is known no better."""
 
 AIM = 0.97
+NOTHING = 1e-9
 STEEPNESS = (0.4, 3.0)
 """Error is about 1 / size: between these powers, whatever two trials beside each other say."""
 
@@ -103,7 +104,6 @@ def _next_size(trials: list[Trial], goal: Goal) -> float | None:
 
 
 def _log_excess(trial: Trial, goal: Goal) -> float:
+    """Infinite only where there is no way to what is allowed; no error at all counts as a billionth of it."""
     excess = goal.excess(trial.point)
-    if not isfinite(excess):
-        return inf
-    return log(excess) if excess else -inf
+    return log(max(excess, NOTHING)) if isfinite(excess) else inf
