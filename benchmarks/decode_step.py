@@ -1,9 +1,10 @@
 """What variants cost in the engine: ``python benchmarks/decode_step.py BASE``.
 
 BASE is a checkpoint's folder (the demo's: deploy/demo/base.py prints it). In process, without HTTP: requests that all
-decode at once, asked of the base, of one variant, and each of another variant. The variants are random, in the shape of
-the demo's artifacts (weighted drop, p = 0.98, V = 16, int2; rank 4 for the embedding; norms), each in its own memory.
-Cases take turns within a round. Writes results/decode_step.jsonl.
+decode at once, asked of the base, of one variant (beside the base, and swapped into its weights), and each of another
+variant; also with int8 weights and in bfloat16. The variants are random, in the shape of the demo's artifacts (weighted
+drop, p = 0.98, V = 16, int2; rank 4 for the embedding; norms), each in its own memory. Cases take turns within a round;
+``over_base`` is over the base in float32. Writes results/decode_step.jsonl.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +30,13 @@ CONCURRENCY = (1, 4, 16)
 VARIANTS = 16
 TOKENS = 40
 PROMPT = range(100, 120)
+MIXED = EngineLimits(policy="mixed", cache_tokens=4096)
+ENGINES = {
+    "mixed": MIXED,
+    "swap": replace(MIXED, policy="swap"),
+    "int8": replace(MIXED, weights="int8"),
+    "bfloat16": replace(MIXED, dtype="bfloat16"),
+}
 
 
 def random_variant(shapes: dict[str, tuple[int, ...]], embedding: str) -> Iterator[tuple[str, Delta]]:
@@ -70,18 +79,22 @@ async def decode(engine: Engine, concurrency: int, version: Callable[[int], Vers
     return (times[-concurrency] - times[2 * concurrency]) * 1000 / (TOKENS - 3)
 
 
-async def measure(engine: Engine, rounds: int) -> list[dict]:
+async def measure(engines: dict[str, Engine], rounds: int) -> list[dict]:
     versions = [Version(f"variant-{i}", f"{i:064}", "") for i in range(VARIANTS)]
-    cases: dict[str, Callable[[int], Version | None]] = {
-        "base": lambda i: None,
-        "one variant": lambda i: versions[0],
-        "each another variant": lambda i: versions[i],
+    cases: dict[str, tuple[Engine, Callable[[int], Version | None]]] = {
+        "base": (engines["mixed"], lambda i: None),
+        "one variant": (engines["mixed"], lambda i: versions[0]),
+        "each another variant": (engines["mixed"], lambda i: versions[i]),
+        "swapped": (engines["swap"], lambda i: versions[0]),
     }
+    for name in ("int8", "bfloat16"):
+        cases[f"{name}, base"] = (engines[name], lambda i: None)
+        cases[f"{name}, each another variant"] = (engines[name], lambda i: versions[i])
     rows = []
     for concurrency in CONCURRENCY:
         times: dict[str, list[float]] = {name: [] for name in cases}
         for round_ in range(rounds + 1):
-            for name, version in cases.items():
+            for name, (engine, version) in cases.items():
                 step = await decode(engine, concurrency, version)
                 if round_:  # the first one warms up
                     times[name].append(step)
@@ -93,6 +106,20 @@ async def measure(engine: Engine, rounds: int) -> list[dict]:
             )
             print(f"{concurrency} requests, {name}: {spread(values)['median']:.1f} ms, {spread(ratio)['median']:.2f}x")
     return rows
+
+
+def swap_costs(engine: Engine) -> dict:
+    """What one swap takes, in or out, on average."""
+
+    async def to_and_fro() -> None:
+        for i in range(10):
+            await decode(engine, 1, lambda _, i=i: Version("variant-0", f"{0:064}", "") if i % 2 else None)
+
+    swaps, seconds = engine.policy.swaps, engine.policy.swap_seconds
+    asyncio.run(to_and_fro())
+    count, ms = engine.policy.swaps - swaps, (engine.policy.swap_seconds - seconds) * 1000
+    print(f"a swap: {ms / count:.1f} ms")
+    return {"row": "swap", "what": "in or out", "mean_ms": round(ms / count, 3), "repeats": count}
 
 
 def main() -> None:
@@ -110,10 +137,13 @@ def main() -> None:
         torch.manual_seed(int(version.digest))
         return VersionDeltas(random_variant(shapes, embedding), tied_head=True)
 
-    engine = Engine(arguments.base, limits=EngineLimits(), load=load)
-    engine.start()
-    rows = [machine(dispatch.backend(), speed), *asyncio.run(measure(engine, arguments.rounds))]
-    engine.stop()
+    engines = {name: Engine(arguments.base, limits=limits, load=load) for name, limits in ENGINES.items()}
+    for engine in engines.values():
+        engine.start()
+    rows = [machine(dispatch.backend(), speed), *asyncio.run(measure(engines, arguments.rounds))]
+    rows.append(swap_costs(engines["swap"]))
+    for engine in engines.values():
+        engine.stop()
     ratio = next(r for r in rows if r.get("concurrency") == 16 and r["what"] == "each another variant")["over_base"]
     rows.append(
         {"row": "goal", "name": "16 requests each of another variant, decode step against the base's"}
