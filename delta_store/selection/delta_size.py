@@ -1,5 +1,6 @@
 """How large a delta is, and whether it is that of continued pretraining rather than of a fine-tune."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import sqrt
 
@@ -18,10 +19,14 @@ PRETRAINING_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class DeltaSize:
-    """Of the matrices that differ: mean |delta|, and the delta's root mean square over the base's."""
+    """Of the matrices that differ: mean |delta|, and the delta's root mean square over the base's.
+
+    ``has_embeddings``: an embedding or output head is among them.
+    """
 
     mean: float
     share: float
+    has_embeddings: bool
 
     @property
     def is_pretraining(self) -> bool:
@@ -45,16 +50,18 @@ class DeltaSize:
         )
 
 
-def delta_size(fine_tune: FineTune) -> DeltaSize:
+def delta_size(fine_tune: FineTune, embeddings: Collection[str]) -> DeltaSize:
     """Reads the fine-tune once, one tensor at a time."""
     count, total, squares, of_base = 0, 0.0, 0.0, 0.0
+    has_embeddings = False
     for change in fine_tune.changes():
         delta = change.read()
         if delta.raw[0].dim() != 2:
             continue
+        has_embeddings |= change.name in embeddings
         values = difference(delta)
         count += values.numel()
         total += values.abs().sum().item()
         squares += values.square().sum().item()
         of_base += delta.base.square().sum().item()
-    return DeltaSize(total / max(count, 1), sqrt(squares / of_base) if of_base else 0.0)
+    return DeltaSize(total / max(count, 1), sqrt(squares / of_base) if of_base else 0.0, has_embeddings)

@@ -120,8 +120,9 @@ def select(
         Bench(base_checkpoint, fine_tune),
         stages.step,
     )
-    size = delta_size(fine_tune)
-    search = Search(tolerance, laboratory.point, laboratory.of_base, tuple(given), stages.begin, [size.label])
+    size = delta_size(fine_tune, facts_of(base_checkpoint.architecture, shared).embeddings)
+    settled = tuple(given) if size.has_embeddings else (*given, "rank")
+    search = Search(tolerance, laboratory.point, laboratory.of_base, settled, stages.begin, [size.label])
     found = search.run(found_families)
     picture = plot or (_beside(out, ".search.png") if can_plot() else None)
     if picture:
