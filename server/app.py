@@ -58,6 +58,8 @@ def load_engine(settings: Settings, profiles: BlobStore) -> "Engine":
 
     limits = EngineLimits(
         dtype=settings.dtype,
+        weights=settings.weights,
+        policy=settings.policy,
         backend=settings.backend,
         bank_bytes=settings.bank_bytes,
         bank_slots=settings.bank_slots,
