@@ -23,6 +23,7 @@ from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
+from deltaserve.delta_store.heap import give_back
 from deltaserve.delta_store.lora import is_adapter
 from deltaserve.delta_store.plain_model import embedding_names
 from deltaserve.delta_store.profile import Profile
@@ -258,6 +259,7 @@ def _encode(
         _check_shape(change.name, base.shape(base.held_as(change.name)))
         for spec, part in chosen.function(change, settings, facts):
             yield change.name, spec, part
+        give_back()
 
 
 def _check_shape(name: str, shape: tuple[int, ...]) -> None:
