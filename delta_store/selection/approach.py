@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, inf, isfinite, log
 
-from deltaserve.delta_store.selection.candidate import Candidate, Family
+from deltaserve.delta_store.selection.candidate import NARROW, Candidate, Family
 from deltaserve.delta_store.selection.journal import Point
 from deltaserve.delta_store.selection.tolerance import Goal
 
@@ -13,6 +13,8 @@ CLOSE = 0.93
 
 AIM = 0.97
 NOTHING = 1e-9
+STEEPEST, FLATTEST = -1.5, -0.1
+"""Of cost against error: with an error of 1 / size and some bytes that are always there it is between -1 and 0."""
 STEEPNESS = (0.4, 3.0)
 """Error is about 1 / size: between these powers, whatever two trials beside each other say."""
 
@@ -65,7 +67,7 @@ def slope_of(trials: list[Trial], goal: Goal, otherwise: float = -1.0) -> float:
         return otherwise
     run = _log_excess(near[0], goal) - _log_excess(near[1], goal)
     slope = log(goal.cost(near[0].point) / goal.cost(near[1].point)) / run
-    return max(-3.0, min(-0.1, slope)) if slope < 0 else otherwise
+    return max(STEEPEST, min(FLATTEST, slope)) if slope < 0 else otherwise
 
 
 def crossing(trials: list[Trial], goal: Goal) -> float:
@@ -100,7 +102,8 @@ def _next_size(trials: list[Trial], goal: Goal) -> float | None:
         guess = small if small not in tried else family.beside(small, up=True)
     elif guess >= large:
         guess = large if large not in tried else family.beside(large, up=False)
-    return guess if small <= guess <= large and guess not in tried else None
+    known = any(abs(log(guess / size)) < log(NARROW) / 2 for size in tried)
+    return guess if small <= guess <= large and not known else None
 
 
 def _log_excess(trial: Trial, goal: Goal) -> float:
