@@ -30,7 +30,7 @@ def draw(path: Path, tried: Iterable[tuple[Candidate, str, Point]], chosen: Cand
     """One mark a candidate and text, one colour a method; ``allowed`` is the KL limit, if there is one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     markers = {"short": ".", "calibration": "o", "held-out": "s"}
     colours: dict[str, str] = {}
@@ -47,5 +47,5 @@ def draw(path: Path, tried: Iterable[tuple[Candidate, str, Point]], chosen: Cand
     if allowed is not None:
         axes.axhline(allowed, color="grey", linestyle="--", label="allowed on held-out text")
     axes.set(xlabel="whole variant, bytes", ylabel="KL to the full fine-tune, nats a token", xscale="log", yscale="log")
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)

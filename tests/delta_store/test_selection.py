@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import fine_tuned, save, tiny_llama
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers import AutoModelForCausalLM
 
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact
@@ -320,46 +320,3 @@ def test_an_adapter_keeps_its_factors_where_all_is_wanted(base: Path, text: Path
 def test_no_text_is_said_to_be_pythons(base: Path, fine: Path, tmp_path: Path) -> None:
     found = select(base, fine, tmp_path / "out", Tolerance("max_kl", 9.0), method="dense")
     assert any("those on Python's documentation" in warning for warning in found.receipt.warnings)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"options": {"judge": "output"}}, "the search itself finds q, so judge has no meaning"),
-        ({"options": {"unit": "rows", "linear_rank": 2}}, "No method that is searched takes all of: unit, linear_rank"),
-        ({"method": "dense", "options": {"drop": 0.5}}, "The method dense has no option drop"),
-        ({"method": "lora"}, "lora cannot store a full checkpoint"),
-        ({"options": {"codec": "int3"}}, "Unknown codec 'int3'"),
-        ({"plot": Path("plot.gif")}, "plot.gif is no kind of plot"),
-        ({"tolerance": Tolerance("min_score", 0.5)}, "A score needs a task"),
-        ({"files": Files(None, Path("held-out.txt"))}, "none to search on"),
-        ({"files": Files(Path("nowhere.txt"), None)}, "Cannot read the text file nowhere.txt"),
-    ],
-)
-def test_a_refusal_comes_before_any_work(
-    more: dict[str, object], message: str, base: Path, fine: Path, tmp_path: Path
-) -> None:
-    settings: dict[str, object] = {"tolerance": TEN_PERCENT, **more}
-    with pytest.raises(OptionError, match=message):
-        select(base, fine, tmp_path / "out", **settings)  # type: ignore[arg-type]
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_too_little_text_is_refused(base: Path, fine: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="to hold some out"):
-        run(base, fine, tmp_path / "out", conversations(tmp_path / "text.jsonl", 2))
-
-
-def test_a_file_that_is_no_journal_is_not_overwritten(base: Path, fine: Path, text: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.search.jsonl").write_text("my notes\n")
-    with pytest.raises(OptionError, match="is no journal of a search"):
-        run(base, fine, tmp_path / "out", text)
-    assert (tmp_path / "out.search.jsonl").read_text() == "my notes\n"
-
-
-def test_an_encoder_is_refused(tmp_path: Path) -> None:
-    sizes = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    model = BertModel(sizes)
-    base, fine = save(model, tmp_path / "base"), save(fine_tuned(model), tmp_path / "fine")
-    with pytest.raises(OptionError, match="BertModel predicts no tokens"):
-        select(base, fine, tmp_path / "out", TEN_PERCENT)
