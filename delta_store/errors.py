@@ -11,6 +11,7 @@ DeltaServeError
 │   ├── BaseMismatch           made for another base
 │   └── ProfileMissing         its activation profile is not in the store
 ├── OptionError                an option's value is unknown or out of range
+├── ToleranceMissed            no artifact is within the tolerance
 ├── RegistryError
 │   ├── VariantNotFound
 │   ├── InvalidName
@@ -75,6 +76,10 @@ class ProfileMissing(ArtifactError):
 
 class OptionError(DeltaServeError):
     """An option's value is unknown or out of range."""
+
+
+class ToleranceMissed(DeltaServeError):
+    """No artifact that was tried is within the tolerance; nothing was written."""
 
 
 class RegistryError(DeltaServeError):

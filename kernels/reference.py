@@ -18,6 +18,8 @@ from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight
 
 NAME = "reference"
+slots = list
+"""One layer's bank, with an entry a slot."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
@@ -56,18 +57,5 @@ def load_engine(settings: Settings, profiles: BlobStore) -> "Engine":
     """The engine with the base loaded, not started."""
     from deltaserve.server.engine.engine import Engine, EngineLimits
 
-    limits = EngineLimits(
-        dtype=settings.dtype,
-        weights=settings.weights,
-        policy=settings.policy,
-        backend=settings.backend,
-        bank_bytes=settings.bank_bytes,
-        bank_slots=settings.bank_slots,
-        cache_tokens=settings.cache_tokens,
-        context=settings.context,
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-        batch_tokens=settings.batch_tokens,
-        threads=settings.threads,
-    )
+    limits = EngineLimits(**{field.name: getattr(settings, field.name) for field in fields(EngineLimits)})
     return Engine(settings.base, limits=limits, profile_path=profiles.path)

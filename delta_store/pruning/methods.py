@@ -23,14 +23,16 @@ from deltaserve.delta_store.pruning.weights import Function, of_linears
 class Method:
     """A row of the table. ``defaults`` are the options that the method takes; ``source`` is where it is from.
 
-    ``needs_profile``: it looks at the base's activation profile. ``tune`` finds, once all is pruned and with the whole
-    model on text, what survivors are divided by.
+    ``branch`` is its kind, in the words of the paper's flowchart. ``needs_profile``: it looks at the
+    base's activation profile. ``tune`` finds, once all is pruned and with the whole model on text, what survivors are
+    divided by.
     """
 
     name: str
     function: Function
     defaults: Mapping[str, Value]
     source: str
+    branch: str
     needs_profile: bool = False
     tune: Tune | None = None
     for_adapters: bool = True
@@ -52,6 +54,7 @@ METHODS = {
             of_linears(weighted),
             {"drop": 0.98, "block": 16, "codec": "int2", "seed": 0, "rank": 4},
             "Horvitz and Thompson 1952, with the inputs' RMS as in Wanda (arXiv:2306.11695)",
+            "random drop",
             needs_profile=True,
         ),
         Method(
@@ -59,6 +62,7 @@ METHODS = {
             of_linears(dare),
             {"drop": 0.9, "block": 16, "codec": "int4", "seed": 0, "rank": 4},
             "DARE (arXiv:2311.03099), columns stratified",
+            "random drop",
         ),
         Method(
             "darex",
@@ -73,6 +77,7 @@ METHODS = {
                 "per": "model",
             },
             "DAREx-q (arXiv:2410.09344)",
+            "random drop",
             tune=search,
         ),
         Method(
@@ -80,12 +85,14 @@ METHODS = {
             of_linears(magnitude),
             {"drop": 0.95, "block": 1, "codec": "int4", "rank": 4},
             "Magnitude pruning of deltas as in DAREx (arXiv:2410.09344), with an unbiased scale",
+            "importance",
         ),
         Method(
             "wanda",
             of_linears(wanda),
             {"drop": 0.95, "block": 16, "codec": "int4", "rank": 4},
             "Wanda (arXiv:2306.11695) on the delta as in DAREx (arXiv:2410.09344), with an unbiased scale",
+            "importance",
             needs_profile=True,
             tune=unbiased_outputs,
         ),
@@ -94,12 +101,14 @@ METHODS = {
             of_linears(structural),
             {"drop": 0.9, "unit": "rows", "codec": "int4", "seed": 0, "rank": 4},
             "Structural pruning of deltas as in DAREx (arXiv:2410.09344)",
+            "structure",
         ),
         Method(
             "low-rank",
             of_linears(low_rank),
             {"linear_rank": 8, "rank": 4},
             "ASVD (arXiv:2312.05821), of the delta",
+            "low rank",
             needs_profile=True,
         ),
         Method(
@@ -107,6 +116,7 @@ METHODS = {
             of_linears(low_rank_residual),
             {"linear_rank": 1, "drop": 0.98, "block": 16, "codec": "int2", "seed": 0, "rank": 4},
             "ASVD (arXiv:2312.05821) plus weighted drop of the rest",
+            "low rank and random drop",
             needs_profile=True,
         ),
         Method(
@@ -114,24 +124,27 @@ METHODS = {
             of_linears(dense),
             {"codec": "sign", "rank": 4},
             "BitDelta (arXiv:2402.10193), with an unbiased scale a row",
+            "few bits",
         ),
         Method(
             "dense-residual",
             of_linears(dense_residual),
             {"drop": 0.5, "block": 16, "codec": "sign", "seed": 0, "rank": 4},
             "BitDelta (arXiv:2402.10193) plus weighted drop of the rest",
+            "few bits and random drop",
             needs_profile=True,
         ),
-        Method("lora", lora, {}, "LoRA (arXiv:2106.09685)", for_checkpoints=False),
+        Method("lora", lora, {}, "LoRA (arXiv:2106.09685)", "factors", for_checkpoints=False),
         Method(
             "lora-darex",
             lora_darex,
             {"drop": 0.5, "codec": "int4", "seed": 0, "judge": "output", "per": "model"},
             "DAREx-q (arXiv:2410.09344) on the factors of LoRA (arXiv:2106.09685)",
+            "factors",
             tune=search,
             for_checkpoints=False,
         ),
-        Method("lossless", lossless, {}, "BitX in ZipLLM (arXiv:2505.06252)", for_adapters=False),
+        Method("lossless", lossless, {}, "BitX in ZipLLM (arXiv:2505.06252)", "bits", for_adapters=False),
     )
 }
 

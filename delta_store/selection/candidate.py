@@ -13,23 +13,6 @@ NARROW = 1.04
 Settings = tuple[tuple[str, Value], ...]
 """Options and their values, sorted by name."""
 
-BRANCHES = {
-    "weighted": "random drop",
-    "dare": "random drop",
-    "darex": "random drop",
-    "magnitude": "importance",
-    "wanda": "importance",
-    "low-rank": "low rank",
-    "low-rank-residual": "low rank and random drop",
-    "dense": "few bits",
-    "dense-residual": "few bits and random drop",
-    "structural": "structure",
-    "lora": "factors",
-    "lora-darex": "factors",
-    "lossless": "bits",
-}
-"""What each method does, in the words of the paper's flowchart."""
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -98,7 +81,7 @@ class Family:
 
     @property
     def branch(self) -> str:
-        return BRANCHES[self.method]
+        return METHODS[self.method].branch
 
     @property
     def label(self) -> str:

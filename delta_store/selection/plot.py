@@ -19,7 +19,7 @@ def check_plot(path: Path | None) -> None:
     if path is None:
         return
     if not can_plot():
-        raise OptionError(f"{path} cannot be drawn without matplotlib; install it, or leave the plot out")
+        raise OptionError(f"No plot without matplotlib; run: pip install 'deltaserve[plot]', or leave {path} out")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise OptionError(f"{path} is no kind of plot; its name ends in .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():

@@ -26,7 +26,7 @@ from deltaserve.delta_store.compress import (
     method_for,
     stage_of,
 )
-from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.errors import OptionError, ToleranceMissed
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.profile import Profile
@@ -88,8 +88,8 @@ def select(
 
     ``method`` and ``options`` narrow the search. The base's activation profile is that of the built-in text, one for
     all fine-tunes, unless ``profile`` is a file. Points that were tried are kept in ``<out>.search.jsonl``; a second
-    call with the same input measures none of them again. Raises OptionError where nothing is within the tolerance (then
-    nothing is written; with ``force`` the nearest is), and what opening the checkpoints raises.
+    call with the same input measures none of them again. Raises ToleranceMissed where nothing is within the tolerance
+    (then nothing is written; with ``force`` the nearest is), OptionError, and what opening the checkpoints raises.
     """
     given = _checked(method, options or {}, fine_tuned, out, plot, tolerance, files)
     base_checkpoint = open_checkpoint(base)
@@ -128,7 +128,7 @@ def select(
     if picture:
         draw(picture, _tried(journal), found.trial.candidate, _kl_limit(found))
     if not (found.confirmed or force):
-        raise OptionError(_missed(tolerance, found))
+        raise ToleranceMissed(_missed(tolerance, found))
     warnings = _warnings(size.warning if size.is_pretraining else None, found, tolerance, files, laboratory)
     stages.begin("Report")
     receipt, written = _write(laboratory, found, tolerance, files.is_task, warnings)

@@ -59,9 +59,10 @@ class Layers:
 
     def __init__(self, weights: Sequence[Weight], slots: int, products: Choice) -> None:
         self.weights, self.products = tuple(weights), products
-        self.out = tuple(len(weight.values) for weight in weights)
+        self.out, self.width = tuple(len(weight.values) for weight in weights), weights[0].values.shape[1]
         self.banks = tuple(Slots([None] * slots) for _ in weights)
         self.biases = tuple(Slots([None] * slots) for _ in weights)
+        self.tables = (*self.banks, *self.biases)
         self._kept = [_bias_of(weight) for weight in weights]
         own = all(weight.values.dtype in WEIGHT_CODECS and weight.values.is_contiguous() for weight in weights)
         self.whole = self._structs(with_weights=True) if own else None

@@ -13,7 +13,7 @@ from deltaserve.kernels import reference
 from deltaserve.kernels.cpu.layers import WEIGHT_CODECS, Layers, Slots
 from deltaserve.kernels.cpu.layout import MatrixStruct, Prepared, SwapStruct, prepare
 from deltaserve.kernels.cpu.library import library, operations
-from deltaserve.kernels.cpu.products import Choice, Product, choose, packed, plain, with_copy
+from deltaserve.kernels.cpu.products import Choice, Product, choose, packed, plain, product_for, with_copy
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight
@@ -89,8 +89,10 @@ class CpuBackend:
         self._linear_([y], x, layers, segments)
 
     def _linear_(self, ys: Sequence[Tensor], x: Tensor, layers: Layers, segments: Segments | None) -> None:
-        rows = len(x)
-        product = next((product for most, product in layers.products if rows <= most), layers.products[-1][1])
+        rows, width = x.shape
+        if width != layers.width:
+            raise ValueError(f"x is not as wide as the layer: {width}, not {layers.width}")
+        product = product_for(rows, layers.products)
         structs = layers.whole
         if product is not None and (structs is None or x.dtype == layers.weights[0].values.dtype):
             structs = layers.deltas
@@ -98,7 +100,7 @@ class CpuBackend:
                 product(x, weight, y[:, :out])
             if segments is None or not segments.rows:
                 return
-        held = [one.held.copy() for one in (*layers.banks, *layers.biases)]
+        held = [table.held.copy() for table in layers.tables]
         self._run(structs, len(layers.out), ys[0], x, None if segments is None or not segments.rows else segments)
         del held  # until here: another thread may empty a slot meanwhile
 

@@ -72,6 +72,14 @@ def choose(weights: Sequence[Weight], own: Callable[[Weight], Product], *, copie
     return tuple((rows, _fastest(rows, sample, prepared, products, caches)) for rows in ROWS)
 
 
+def product_for(rows: int, choice: Choice) -> Product | None:
+    """What the choice says for a batch of so many rows."""
+    for most, product in choice:
+        if rows <= most:
+            return product
+    return choice[-1][1]
+
+
 def _fastest(rows: int, weight: Weight, own: Product, others: Sequence[Product], caches: Tensor) -> Product | None:
     out, width = weight.values.shape
     x, y = torch.ones(rows, width, dtype=weight.values.dtype), torch.empty(rows, out, dtype=weight.values.dtype)

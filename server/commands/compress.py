@@ -232,7 +232,7 @@ def _selected(selection: "Selection") -> Iterator[tuple[str, str]]:
     yield "bytes", ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["bytes"].items())
     yield "chosen", selection.chosen
     yield "tried", f"{selection.tried} points, {selection.resumed} of them earlier ({selection.journal})"
-    yield "plot", selection.plot or "none, as matplotlib is not installed"
+    yield "plot", selection.plot or "none; for one run: pip install 'deltaserve[plot]'"
 
 
 def _lines(receipt: "Receipt") -> Iterator[tuple[str, str]]:

@@ -42,12 +42,12 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """How large the engine is. ``context`` None is the model's own, ``threads`` None the numeric libraries' own choice.
+    """How the engine runs; the settings have the same names.
 
-    ``cache_tokens`` are shared by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and
-    ``bank_slots`` bound the variants in memory. ``weights``: those of linear layers are ``plain``, in ``dtype``;
-    ``int8`` with a float32 scale a row; or ``packed``, kept twice where that is faster. ``policy`` is ``auto``,
-    ``mixed`` or ``swap`` (policy.py).
+    ``context`` None is the model's own, ``threads`` None the numeric libraries' own choice. ``cache_tokens`` are shared
+    by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and ``bank_slots`` bound the
+    variants in memory. ``weights``: those of linear layers are ``plain``, in ``dtype``; ``int8`` with a float32 scale a
+    row; or ``packed``, kept twice where that is faster. ``policy`` is ``auto``, ``mixed`` or ``swap`` (policy.py).
     """
 
     dtype: str = "float32"

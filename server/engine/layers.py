@@ -1,12 +1,12 @@
-"""Delta-aware twins of a model's layers: the base's own forward, then the deltas of the rows that are a variant's.
+"""Delta-aware twins of a model's layers: what the base gives, and the deltas of the rows that are a variant's.
 
 A module becomes its twin in place, by taking a subclass of its own class: it keeps its name and its parameters (shared,
-not copied). A linear layer's product is the kernel backend's; the forward of all others is the module's own.
+not copied). A linear layer's product is the kernel backend's, an embedding's the module's own; norms.py has the norms.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import Any
 
 import torch
@@ -133,12 +133,12 @@ class DeltaEmbedding(nn.Module):
 
     rows: Rows
     backend: Backend
-    weights: list[Prepared | None]
+    weights: MutableSequence[Prepared | None]
     num_embeddings: int
 
     def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
         self.rows, self.backend = rows, backend
-        self.weights = [None] * slots
+        self.weights = backend.slots([None] * slots)
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         return tuple(self.get_parameter(parameter).shape)

@@ -20,17 +20,7 @@ from deltaserve.delta_store.errors import CheckpointError, DeltaServeError, Opti
 from deltaserve.delta_store.merge import variant_tensors
 from deltaserve.delta_store.profile import Profile, profile_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("base"), vocab=64)
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")

@@ -23,20 +23,12 @@ from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.quality import full_model, loss, merged_model, output_change, outputs
 from deltaserve.delta_store.text import Sample
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 SAMPLES = [Sample((1, 5, 9, 23, 40, 63, 2, 17, 8, 8, 31), 3), Sample((4, 4, 31, 8, 50, 12))]
 DARE: dict[str, Value] = {"drop": 0.75, "block": 1, "codec": "float32"}
 LARGE = 0.15
 """Standard deviation of a delta so large that dividing by 1 - p is not best."""
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("base"), vocab=64)
 
 
 @pytest.fixture(scope="module")

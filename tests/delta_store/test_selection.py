@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.compress import compress
-from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.errors import ToleranceMissed
 from deltaserve.delta_store.fine_tune import open_fine_tune
 from deltaserve.delta_store.merge import merge
 from deltaserve.delta_store.selection.bench import Bench
@@ -230,7 +230,7 @@ def test_every_point_is_drawn_beside_the_artifact(base: Path, fine: Path, text: 
 def test_a_tolerance_that_nothing_meets_writes_nothing(base: Path, fine: Path, text: Path, tmp_path: Path) -> None:
     options = {"tolerance": Tolerance("max_kl", 1e-9), "method": "weighted", "options": {"codec": "sign"}}
     with pytest.raises(
-        OptionError, match=r"Nothing is within the tolerance .* Nearest: weighted .* bytes, KL .*--force"
+        ToleranceMissed, match=r"Nothing is within the tolerance .* Nearest: weighted .* bytes, KL .*--force"
     ):
         run(base, fine, tmp_path / "out", text, **options)
     assert not (tmp_path / "out").exists()

@@ -210,8 +210,10 @@ def test_weights_that_the_kernels_cannot_read_are_left_to_torch(backend):
 
 
 @cpu
-def test_an_input_of_another_width_is_refused(backend):
+@pytest.mark.parametrize("product", [None, *PRODUCTS])
+def test_an_input_of_another_width_is_refused(backend, product):
     layers = backend.layers([Weight(torch.randn(6, 4))], 1)
+    layers.products = ((1, product),)
     with pytest.raises(ValueError, match="not as wide"):
         backend.linear(torch.randn(2, 5), layers, None)
 

@@ -4,7 +4,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,23 +14,8 @@ from tiny_models import tiny_llama
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.profile import file_name, write_profile
-from deltaserve.server.cli import COMMANDS, main
+from deltaserve.server.cli import COMMANDS
 from deltaserve.server.settings import Settings
-
-
-@pytest.fixture
-def deltaserve(monkeypatch, capfd):
-    """Run a command; returns its exit status, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["deltaserve", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 def test_push_list_and_remove(deltaserve, server, base, tmp_path):

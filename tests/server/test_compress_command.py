@@ -1,31 +1,12 @@
 """``deltaserve compress``: its options are those of the methods, and reach them."""
 
 import json
-import sys
 
 import pytest
 from tiny_models import fine_tuned, save, tiny_llama
 
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.pruning.methods import METHODS
-from deltaserve.server.cli import main
-
-
-@pytest.fixture
-def deltaserve(monkeypatch, capfd, tmp_path):
-    """Run a command; returns its exit status, stdout and stderr."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["deltaserve", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

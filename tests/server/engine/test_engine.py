@@ -1,65 +1,27 @@
-"""What an engine takes, refuses and survives: admission, seeds, cancelling, replaced and removed versions, failures."""
+"""What an engine takes and refuses: admission, seeds, cancelling, replaced and removed versions."""
 
 import asyncio
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from engine_variants import SMALL, alone, collect, greedy, random_prompts, random_variant, serving, version
-from tiny_models import save, tiny_llama
+from engine_variants import SMALL, alone, collect, greedy, random_prompts, serving, version
+from lettered_variants import BASE, PROMPT, VARIANTS, answer, first, pages_in_use, until_quiet
+from tiny_models import save
 from transformers import MistralConfig, MistralForCausalLM
 
 from deltaserve.delta_store.errors import (
     ContextTooLong,
     CorruptArtifact,
-    EngineDown,
-    GenerationFailed,
     QueueFull,
     RequestRefused,
     UnsupportedCheckpoint,
 )
 from deltaserve.server.engine.engine import Engine
-from deltaserve.server.engine.requests import Sampling, Token, Version
-from deltaserve.server.engine.stream import Stream
+from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.wrapped import VersionDeltas
 
-PROMPT = [5, 9, 33, 2]
-BASE = tiny_llama()
-VARIANTS = {version(name).digest: random_variant(BASE, "dense", seed) for seed, name in enumerate("abc", start=1)}
 SEEDED = Sampling(max_tokens=32, temperature=0.8, seed=42, ignore_eos=True)
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    with serving(BASE, VARIANTS, tmp_path) as engine:
-        yield engine
-        assert engine.requests == 0
-        assert set(engine.bank.holders.values()) <= {0}
-
-
-def answer(name: str | None, count: int = 20) -> list[int]:
-    """What the merged model says to ``PROMPT``."""
-    return alone(BASE if name is None else VARIANTS[version(name).digest].merged, PROMPT, count)
-
-
-async def until_quiet(engine: Engine) -> None:
-    async with asyncio.timeout(5):
-        while engine.requests or any(engine.bank.holders.values()):
-            await asyncio.sleep(0.01)
-
-
-def pages_in_use(engine: Engine) -> int:
-    (allocator,) = engine._batching.batch_processor.cache.cache_allocators.values()
-    return sum(map(len, allocator.block_table.values()))
-
-
-async def first(stream: Stream) -> Token:
-    return await anext(aiter(stream))
 
 
 # Admission
@@ -314,95 +276,3 @@ def test_a_damaged_artifact_fails_its_own_requests_before_the_first_token(tmp_pa
 
     with serving(BASE, VARIANTS, tmp_path, load=load) as engine:
         asyncio.run(main(engine))
-
-
-# Failures
-
-
-@contextmanager
-def breaking_forward(engine: Engine, after: int, times: int = 1) -> Iterator[None]:
-    """The model raises in its forward, ``after`` calls from now, ``times`` times."""
-    calls = 0
-
-    def hook(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if after < calls <= after + times:
-            raise RuntimeError("a kernel broke")
-
-    handle = engine._batching.model.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def test_an_exception_in_the_forward_fails_what_runs_and_the_engine_goes_on(engine: Engine) -> None:
-    async def main() -> None:
-        with breaking_forward(engine, after=5):
-            streams = [await engine.submit(PROMPT, on, greedy(100)) for on in (None, version("a"), None)]
-            for stream in streams:
-                with pytest.raises(GenerationFailed, match="a kernel broke"):
-                    [token async for token in stream]
-                assert stream.finished is None
-            async with asyncio.timeout(5):
-                while not engine.ready():
-                    await asyncio.sleep(0.01)
-            assert await collect(engine, PROMPT, version("a"), greedy(20)) == answer("a")
-
-    asyncio.run(main())
-
-
-def test_an_engine_that_never_finishes_a_step_stays_down_and_says_why(tmp_path: Path) -> None:
-    async def main(engine: Engine) -> None:
-        with breaking_forward(engine, after=0, times=10**9):
-            for _ in range(30):
-                try:
-                    await collect(engine, PROMPT, None, greedy(3))
-                except GenerationFailed:
-                    await asyncio.sleep(0.05)
-                except EngineDown:
-                    if "stays down" in (engine.failure or ""):
-                        break
-                    await asyncio.sleep(0.05)
-        assert not engine.ready()
-        assert "a kernel broke" in (engine.failure or "")
-        with pytest.raises(EngineDown, match="stays down"):
-            await engine.submit(PROMPT, None, greedy(3))
-
-    with serving(BASE, VARIANTS, tmp_path) as engine:
-        asyncio.run(main(engine))
-
-
-def test_a_row_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
-    broken = random_variant(BASE, "dense", seed=9)
-    for delta in broken.deltas.values():
-        delta.parts[0].values.data.fill_(torch.nan)  # type: ignore[union-attr]
-
-    async def main(engine: Engine) -> None:
-        neighbours = [asyncio.create_task(collect(engine, PROMPT, on, greedy(60))) for on in (None, version("a"))]
-        for _ in range(3):
-            with pytest.raises(GenerationFailed, match="not finite"):
-                await collect(engine, PROMPT, version("nan"), greedy(5))
-        assert [await n for n in neighbours] == [answer(None, 60), answer("a", 60)]
-        await until_quiet(engine)
-        assert pages_in_use(engine) == 0
-
-    with serving(BASE, VARIANTS | {version("nan").digest: broken}, tmp_path) as engine:
-        asyncio.run(main(engine))
-
-
-def test_stopping_fails_what_runs_and_refuses_what_comes(tmp_path: Path) -> None:
-    async def main(engine: Engine) -> None:
-        stream = await engine.submit(PROMPT, version("a"), greedy(190))
-        await first(stream)
-        await asyncio.to_thread(engine.stop)
-        with pytest.raises(GenerationFailed):
-            [token async for token in stream]
-        with pytest.raises(EngineDown, match="stopped"):
-            await engine.submit(PROMPT, None, greedy(1))
-        assert not engine.ready()
-
-    with serving(BASE, VARIANTS, tmp_path) as engine:
-        asyncio.run(main(engine))
-    gc.collect()
