@@ -23,7 +23,8 @@ class Architecture:
 
     ``shapes`` has every parameter and persistent buffer by its ``state_dict`` name. ``tied`` maps the names that the
     configuration says are another parameter's to that parameter. ``transposed`` are the weights of Conv1D layers,
-    stored [in, out]. ``embedding`` and ``head`` name the weights of the input embedding and the output head.
+    stored [in, out]. ``embedding`` and ``head`` name the weights of the input embedding and the output head. ``body``
+    is what the names of all parameters but a head's begin with. ``is_encoder``: it reads in both directions.
     """
 
     name: str
@@ -33,7 +34,15 @@ class Architecture:
     transposed: frozenset[str]
     embedding: str
     head: str | None
+    body: str
+    is_encoder: bool
     _model: Any = field(repr=False)
+
+    def name_in(self, base: "Architecture", name: str) -> str:
+        """What ``base``, which may have another head, calls the parameter that is called ``name`` here."""
+        if self.name == base.name or not name.startswith(self.body):
+            return name
+        return base.body + name.removeprefix(self.body)
 
     def canonical(self, key: str) -> str:
         """The ``state_dict`` name under which transformers would load a checkpoint's ``key``.
@@ -67,7 +76,11 @@ def open_architecture(folder: Path) -> Architecture:
     """The architecture that ``folder/config.json`` names; code that a checkpoint brings along is never run."""
     config = _read_config(folder)
     _refuse_quantised(config, folder)
-    model_class = _model_class(config, folder)
+    return architecture_of(config, _model_class(config, folder))
+
+
+def architecture_of(config: Any, model_class: Any) -> Architecture:
+    """The architecture of a model class of transformers with this configuration."""
     with torch.device("meta"):
         model = model_class(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -79,6 +92,8 @@ def open_architecture(folder: Path) -> Architecture:
         transposed=frozenset(f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)),
         embedding=_weight_name(model, model.get_input_embeddings()) or "",
         head=_weight_name(model, model.get_output_embeddings()),
+        body="" if model.base_model is model else f"{model.base_model_prefix}.",
+        is_encoder=_is_encoder(config, model_class),
         _model=model,
     )
 
@@ -121,9 +136,15 @@ def _model_class(config: Any, folder: Path) -> Any:
         raise UnsupportedCheckpoint(
             f"{folder}/config.json: architecture {named!r} is not one of transformers {transformers.__version__}"
         )
-    is_encoder = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None) is not None
     is_headless = transformers.MODEL_MAPPING.get(type(config), None) is model_class
-    return causal if is_headless and causal is not None and not is_encoder else model_class
+    return causal if is_headless and causal is not None and not _is_encoder(config, model_class) else model_class
+
+
+def _is_encoder(config: Any, model_class: Any) -> bool:
+    """Whether it is of a family that predicts masked tokens, and was not made to generate."""
+    generates = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    is_causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is model_class
+    return type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not generates and not is_causal
 
 
 def _weight_name(model: Any, layer: Any) -> str | None:

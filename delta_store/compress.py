@@ -21,8 +21,9 @@ from deltaserve.delta_store.codec.artifact import Artifact, open_artifact, write
 from deltaserve.delta_store.codec.parts import Stored
 from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
-from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
+from deltaserve.delta_store.fine_tune import Change, FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
+from deltaserve.delta_store.heads import config_file
 from deltaserve.delta_store.heap import give_back
 from deltaserve.delta_store.lora import is_adapter
 from deltaserve.delta_store.plain_model import embedding_names
@@ -32,6 +33,7 @@ from deltaserve.delta_store.pruning.methods import method as method_named
 from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, divided
 from deltaserve.delta_store.pruning.weights import BaseFacts
+from deltaserve.delta_store.pruning.whole import Encoded, dense, exact_codec
 from deltaserve.delta_store.quality import EVALUATION_TOKENS, Quality, measure
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
 from deltaserve.delta_store.variant_files import differing_files
@@ -163,7 +165,8 @@ class ArtifactFile:
             profile=self.profile.digest if self.profile else None,
             provenance=self._provenance(),
             quality=quality,
-            files=differing_files(self.base.folder, self.fine_tune.folder),
+            files=differing_files(self.base.folder, self.fine_tune.folder)
+            | config_file(self.base.architecture, self.fine_tune.architecture),
         )
 
     @contextmanager
@@ -256,10 +259,20 @@ def _encode(
 ) -> Iterator[tuple[str, Spec, Stored]]:
     for done, change in enumerate(fine_tune.changes()):
         progress(done, fine_tune.tensor_count)
+        if change.is_whole:
+            yield change.name, *_whole(change)
+            continue
         _check_shape(change.name, base.shape(base.held_as(change.name)))
         for spec, part in chosen.function(change, settings, facts):
             yield change.name, spec, part
         give_back()
+
+
+def _whole(change: Change) -> Encoded:
+    """All of a tensor that the base lacks, exactly."""
+    values = change.read().fine
+    _check_shape(change.name, tuple(values.shape))
+    return dense(values, exact_codec(values))
 
 
 def _check_shape(name: str, shape: tuple[int, ...]) -> None:

@@ -1,7 +1,10 @@
-"""The delta of a fine-tune: base and fine-tune paired tensor by tensor, after a check that they line up."""
+"""The delta of a fine-tune: base and fine-tune paired tensor by tensor, after a check that they line up.
+
+An encoder's fine-tune may have another head than its base. What the base lacks of it has no delta: it counts whole.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +15,16 @@ from deltaserve.delta_store.bits import same_bits
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.errors import CheckpointError, UnsupportedCheckpoint
 
+Pairs = dict[str, tuple[str | None, str]]
+"""By the base's name for it, which of its tensors (None: it lacks it) and which of the fine-tune's make a parameter."""
+
 HARMLESS = frozenset(
     {
         "_name_or_path",
         "architectures",
         "bos_token_id",
         "chunk_size_feed_forward",
+        "classifier_pooling",
         "dtype",
         "eos_token_id",
         "id2label",
@@ -45,8 +52,8 @@ class TensorDelta:
     """One tensor that the fine-tune changes: ``raw`` is (the base's, the fine-tune's), each in its own dtype.
 
     Both are as stored: [out, in] for a linear weight, [in, out] where ``transposed`` (GPT-2's Conv1D). Embedding and
-    head may have more rows in the fine-tune. Where a tied base meets a fine-tune with a head of its own, the base's
-    half of that head is its embedding.
+    head may have more rows in the fine-tune, and of what the base lacks it has no row. Where a tied base meets a
+    fine-tune with a head of its own, the base's half of that head is its embedding.
     """
 
     name: str
@@ -65,7 +72,7 @@ class TensorDelta:
 
 
 def deltas(base: Checkpoint, fine: Checkpoint) -> Iterator[TensorDelta]:
-    """Every tensor that differs, sorted by name, read when it is asked for.
+    """Every tensor that differs, sorted by the base's name for it, read when it is asked for.
 
     Before any tensor is read it raises UnsupportedCheckpoint where architecture or configuration differ, and
     CheckpointError where a shape does not fit; while reading, CheckpointError for values that are not finite.
@@ -73,7 +80,8 @@ def deltas(base: Checkpoint, fine: Checkpoint) -> Iterator[TensorDelta]:
     _check_same_architecture(base, fine)
     pairs = _pairs(base, fine)
     for name, (base_name, fine_name) in pairs.items():
-        check_shapes(name, base.shape(base_name), fine.shape(fine_name), base)
+        if base_name is not None:
+            check_shapes(name, base.shape(base_name), fine.shape(fine_name), base)
     return _differing(base, fine, pairs)
 
 
@@ -85,27 +93,42 @@ def head_is_tied(base: Checkpoint, fine: Checkpoint) -> bool:
     return base.tied and fine.tied
 
 
-def _differing(base: Checkpoint, fine: Checkpoint, pairs: dict[str, tuple[str, str]]) -> Iterator[TensorDelta]:
+def is_whole(base: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a variant's parameter has no delta: the base lacks it, or has it for a head of other labels."""
+    ours = base.architecture
+    if not ours.is_encoder or base.held_as(name) not in base.names:
+        return ours.is_encoder
+    return not name.startswith(ours.body) and name != ours.head and base.shape(name) != shape
+
+
+def _differing(base: Checkpoint, fine: Checkpoint, pairs: Pairs) -> Iterator[TensorDelta]:
     for name, (base_name, fine_name) in pairs.items():
-        delta = TensorDelta(name, (base.read(base_name), fine.read(fine_name)), name in base.architecture.transposed)
+        theirs = fine.read(fine_name)
+        ours = theirs[:0] if base_name is None else base.read(base_name)
+        delta = TensorDelta(name, (ours, theirs), name in base.architecture.transposed)
         if not same_bits(*delta.raw):
             check_finite(delta)
             yield delta
 
 
-def _pairs(base: Checkpoint, fine: Checkpoint) -> dict[str, tuple[str, str]]:
-    """Which of the base's tensors and which of the fine-tune's make each parameter of the variant."""
-    names = sorted(set(base.names) | set(fine.names))
-    return {name: (base.held_as(name), fine.held_as(name)) for name in names}
+def _pairs(base: Checkpoint, fine: Checkpoint) -> Pairs:
+    theirs = {fine.architecture.name_in(base.architecture, name): name for name in fine.names}
+    if base.architecture.name == fine.architecture.name:
+        theirs |= {name: fine.held_as(name) for name in base.names}
+    return {
+        name: (None if is_whole(base, name, fine.shape(theirs[name])) else base.held_as(name), theirs[name])
+        for name in sorted(theirs)
+    }
 
 
 def _check_same_architecture(base: Checkpoint, fine: Checkpoint) -> None:
-    if base.architecture.name != fine.architecture.name:
+    ours_is, theirs_is = base.architecture, fine.architecture
+    only_heads_differ = ours_is.is_encoder and theirs_is.is_encoder and type(ours_is.config) is type(theirs_is.config)
+    if ours_is.name != theirs_is.name and not only_heads_differ:
         raise UnsupportedCheckpoint(
-            f"The base is a {base.architecture.name}, the fine-tune a {fine.architecture.name}: "
-            "a delta needs two of one architecture"
+            f"The base is a {ours_is.name}, the fine-tune a {theirs_is.name}: a delta needs two of one architecture"
         )
-    ours, theirs = _settings(base), _settings(fine)
+    ours, theirs = _settings(ours_is.config), _settings(theirs_is.config)
     differing = sorted(key for key in ours.keys() | theirs.keys() if not _agree(ours.get(key), theirs.get(key)))
     if differing:
         listed = ", ".join(
@@ -114,9 +137,13 @@ def _check_same_architecture(base: Checkpoint, fine: Checkpoint) -> None:
         raise UnsupportedCheckpoint(f"Base and fine-tune compute differently; their config.json differ in: {listed}")
 
 
-def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def disagreeing(config: Any, told: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that matter to the layers in which ``told``, the content of a config.json, differs."""
+    return [key for key, value in _settings(config).items() if key in told and not _agree(value, told[key])]
+
+
+def _settings(config: Any) -> dict[str, Any]:
     """What the configuration class itself knows, defaults filled in; what trainers add beside it has no effect."""
-    config = checkpoint.architecture.config
     known = type(config)().to_dict().keys()
     return {key: value for key, value in config.to_dict().items() if key in known and _matters(key)}
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
-from deltaserve.delta_store.delta import TensorDelta, deltas, head_is_tied
+from deltaserve.delta_store.delta import TensorDelta, deltas, head_is_tied, is_whole
 from deltaserve.delta_store.lora import Adapter, is_adapter, open_adapter
 
 Factors = tuple[Tensor, Tensor]
@@ -18,23 +19,30 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """One tensor that the fine-tune changes. ``read`` gives its delta; ``factors`` is there where that is a product."""
+    """One tensor that the fine-tune changes. ``read`` gives its delta; ``factors`` is there where that is a product.
+
+    ``is_whole``: the base has no such tensor, as with the head of an encoder's fine-tune.
+    """
 
     name: str
     transposed: bool
     read: Callable[[], TensorDelta]
     factors: Factors | None = None
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FineTune:
     """``changes`` and ``tensors`` (all parameters, by name) start anew at each call and read one tensor at a time.
 
+    ``architecture`` is its own: an encoder's fine-tune may have another head than its base, and other names then.
+
     ``tied``: embedding and head are one matrix. ``tied_head``: and the head follows the embedding's delta in a variant.
     ``vocabulary`` counts the embedding's rows, ``tensor_count`` and ``parameters`` the whole model.
     """
 
     folder: Path
+    architecture: Architecture
     is_adapter: bool
     tied: bool
     tied_head: bool
@@ -54,6 +62,7 @@ def open_fine_tune(path: str | Path, base: Checkpoint) -> FineTune:
     deltas(base, fine)  # refuses at once what does not line up
     return FineTune(
         folder=fine.folder,
+        architecture=fine.architecture,
         is_adapter=False,
         tied=fine.tied,
         tied_head=head_is_tied(base, fine),
@@ -61,9 +70,14 @@ def open_fine_tune(path: str | Path, base: Checkpoint) -> FineTune:
         dtype=fine.dtype(fine.architecture.embedding),
         tensor_count=len(fine.names),
         parameters=sum(prod(fine.shape(name)) for name in fine.names),
-        changes=lambda: (Change(d.name, d.transposed, lambda d=d: d) for d in deltas(base, fine)),  # type: ignore[misc]
+        changes=lambda: (_change(delta, base) for delta in deltas(base, fine)),
         tensors=lambda: ((name, fine.read(name)) for name in fine.names),
     )
+
+
+def _change(delta: TensorDelta, base: Checkpoint) -> Change:
+    whole = is_whole(base, delta.name, tuple(delta.raw[1].shape))
+    return Change(delta.name, delta.transposed, lambda: delta, is_whole=whole)
 
 
 def _of_adapter(folder: Path, adapter: Adapter, base: Checkpoint) -> FineTune:
@@ -72,6 +86,7 @@ def _of_adapter(folder: Path, adapter: Adapter, base: Checkpoint) -> FineTune:
     shapes |= {delta.name: tuple(delta.raw[1].shape) for delta in adapter.dense}
     return FineTune(
         folder=folder,
+        architecture=base.architecture,
         is_adapter=True,
         tied=adapter.tied_head,
         tied_head=adapter.tied_head,

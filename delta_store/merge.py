@@ -15,8 +15,10 @@ from deltaserve.delta_store.bits import same_bits
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
 from deltaserve.delta_store.codec.specs import XorSpec
-from deltaserve.delta_store.errors import BaseMismatch, OptionError
+from deltaserve.delta_store.delta import is_whole
+from deltaserve.delta_store.errors import BaseMismatch, OptionError, UnsupportedArtifact
 from deltaserve.delta_store.fingerprint import fingerprint
+from deltaserve.delta_store.heads import CONFIG, variant_architecture
 from deltaserve.delta_store.plain_model import variant_config
 from deltaserve.delta_store.profile import Profile, profile_of
 from deltaserve.delta_store.variant_files import files_of
@@ -88,20 +90,33 @@ def variant_tensors(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the variant, sorted by name, in ``dtype``, or by default in the fine-tune's own."""
-    tied = artifact.manifest.tied_head
-    names = set(base.names) | set(artifact.names)
-    if base.architecture.head is not None and not tied:
-        names.add(base.architecture.head)
+    """Every parameter of the variant, by its own names, in ``dtype``, or by default in the fine-tune's own."""
+    names = variant_names(base, artifact)
     wanted = dtype or variant_dtype(base, artifact)
-    for done, name in enumerate(sorted(names)):
+    for done, (name, ours) in enumerate(names.items()):
         progress(done, len(names))
-        original = base.read(base.held_as(name))
-        if name in artifact.names:
-            merged = _merged(artifact, name, original, profile, wanted)
+        if ours in artifact.names:
+            shape = artifact.specs(ours)[0].shape
+            whole = is_whole(base, ours, shape)
+            original = torch.empty(0, *shape[1:]) if whole else base.read(base.held_as(ours))
+            merged = _merged(artifact, ours, original, profile, wanted)
             yield name, merged if dtype is None else merged.to(dtype)
         else:
-            yield name, _converted(original, wanted, must=dtype is not None)
+            yield name, _converted(base.read(base.held_as(ours)), wanted, must=dtype is not None)
+
+
+def variant_names(base: Checkpoint, artifact: Artifact) -> dict[str, str]:
+    """The variant's parameters, sorted by its own names, each with the base's name for it."""
+    ours, theirs = base.architecture, variant_architecture(base.architecture, artifact)
+    if ours.name != theirs.name:
+        names = {name: theirs.name_in(ours, name) for name in sorted(theirs.shapes.keys() - theirs.tied.keys())}
+        if missing := set(names.values()) - set(base.names) - set(artifact.names):
+            raise UnsupportedArtifact(f"{artifact.path} is a {theirs.name} and lacks {', '.join(sorted(missing))}")
+        return names
+    known = set(base.names) | set(artifact.names)
+    if ours.head is not None and not artifact.manifest.tied_head:
+        known.add(ours.head)
+    return {name: name for name in sorted(known)}
 
 
 def variant_vocabulary(base: Checkpoint, artifact: Artifact) -> int:
@@ -164,7 +179,9 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> tuple[
 
 
 def _write_files(folder: Path, base: Checkpoint, artifact: Artifact, dtype: torch.dtype) -> None:
-    config = variant_config(base.architecture, variant_vocabulary(base, artifact), artifact.manifest.tied_head, dtype)
+    architecture = variant_architecture(base.architecture, artifact)
+    config = variant_config(architecture, variant_vocabulary(base, artifact), artifact.manifest.tied_head, dtype)
     config.save_pretrained(folder)
     for name, content in {**files_of(base.folder), **artifact.files}.items():
-        (folder / name).write_bytes(content)
+        if name != CONFIG:
+            (folder / name).write_bytes(content)

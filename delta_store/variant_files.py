@@ -21,16 +21,33 @@ VARIANT_FILES = (
 WITHOUT_MEANING = ("transformers_version", "_from_model_config", "name_or_path", "_name_or_path")
 """Keys that say who wrote a file, or where: no difference, and no business of whoever gets the artifact."""
 
+OF_TRAINING = (
+    "backend",
+    "is_local",
+    "local_files_only",
+    "max_length",
+    "pad_to_multiple_of",
+    "pad_token_type_id",
+    "padding",
+    "padding_side",
+    "stride",
+    "truncation",
+    "truncation_side",
+    "truncation_strategy",
+)
+"""What a tokenizer was told about cutting and padding when it was last used, or where it was read: saved with it, while
+serving cuts and pads by rules of its own."""
+
 
 def differing_files(base: Path, fine_tuned: Path) -> dict[str, bytes]:
-    """Files of the fine-tune that the base lacks or has otherwise; JSON is compared by what it says."""
+    """Files of the fine-tune that the base lacks or has otherwise; JSON is compared by what it says.
+
+    A tokenizer is compared by what it makes of a text, so one that was only used in training is the base's.
+    """
     found = {}
     for name in VARIANT_FILES:
-        if (fine_tuned / name).is_file():
-            ours = _meaning(base / name)
-            theirs = _meaning(fine_tuned / name)
-            if ours != theirs:
-                found[name] = _clean(fine_tuned / name)
+        if (fine_tuned / name).is_file() and _meaning(base / name) != _meaning(fine_tuned / name):
+            found[name] = _clean(fine_tuned / name)
     return found
 
 
@@ -43,7 +60,12 @@ def _meaning(path: Path) -> object:
     if not path.is_file():
         return None
     content = path.read_bytes()
-    return _parsed(path, content) if path.suffix == ".json" else content
+    if path.suffix != ".json":
+        return content
+    data = _parsed(path, content)
+    if isinstance(data, dict) and path.name.startswith("tokenizer"):
+        return {key: value for key, value in data.items() if key not in OF_TRAINING}
+    return data
 
 
 def _clean(path: Path) -> bytes:
