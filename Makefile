@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 8000
+WORKERS ?= 2
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 	$(shell find server delta_store kernels -type f -not -name '*.pyc' -not -name '*.so')
@@ -12,7 +13,7 @@ demo: .venv/installed
 	.venv/bin/python deploy/demo/run.py --port $(PORT)
 
 test: .venv-test/installed
-	.venv-test/bin/python -m pytest
+	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .

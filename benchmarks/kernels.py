@@ -61,6 +61,13 @@ def random_delta(shape: tuple[int, int], density: float, block: int, codec: str)
     return Delta(shape, (Sparse(shape, columns, codes, torch.rand(width) + 0.5),))
 
 
+def random_csr(shape: tuple[int, int], density: float) -> torch.Tensor:
+    """As many kept columns a row as ``random_delta`` has, in torch's layout."""
+    columns = random_delta(shape, density, 1, "bf16").parts[0].columns
+    starts = torch.arange(shape[0] + 1) * columns.shape[1]
+    return torch.sparse_csr_tensor(starts.int(), columns.flatten(), torch.randn(columns.numel()), shape)
+
+
 def timed(run: Run) -> float:
     """Microseconds."""
     start = time.perf_counter_ns()
@@ -107,7 +114,7 @@ class Layer:
         got = torch.zeros_like(self.y)
         self.backend.delta_linear_(got, self.x, bank, self.segments)
         rows = self.tokens // self.variants
-        for slot in range(0, self.variants, 5):
+        for slot in {0, self.variants - 1}:
             mine = slice(slot * rows, (slot + 1) * rows)
             expected = self.x[mine] @ reference.unpack(deltas[slot]).T
             if not (got[mine] - expected).norm() <= 1e-5 * expected.norm():
@@ -122,8 +129,7 @@ class Layer:
 
     def csr(self, density: float) -> Run:
         """torch's sparse product (MKL), which knows no batch of variants; adding it to y is not even counted."""
-        deltas = [random_delta(self.shape, density, 1, "bf16") for _ in range(self.variants)]
-        matrices = [reference.unpack(delta).to_sparse_csr() for delta in deltas]
+        matrices = [random_csr(self.shape, density) for _ in range(self.variants)]
         inputs = self.x.view(self.variants, -1, self.shape[1]).mT.contiguous()
         return lambda: [matrix @ x for matrix, x in zip(matrices, inputs, strict=True)]
 
