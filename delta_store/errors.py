@@ -19,12 +19,18 @@ DeltaServeError
 ├── UploadError
 │   ├── UploadTooLarge
 │   └── UploadIncomplete
+├── AccessError                who asks may not, or not now (``headers`` go with the answer)
+│   ├── KeyRefused             no API key, or one that is unknown or revoked
+│   ├── NotPermitted           the key's role or models do not allow it
+│   ├── RequestLimitReached    too many requests in a minute, or at once
+│   └── TokenLimitReached      too many tokens in a minute
 └── EngineError
     ├── RequestRefused         this request can never run here (``param`` names the field)
     ├── ContextTooLong         prompt and answer exceed the context
     ├── QueueFull              try again later
     ├── GenerationFailed       the request started and could not be finished
     └── EngineDown             the generation thread is not running
+        └── ShuttingDown       what runs is finished, nothing new is taken
 
 Messages say what was wrong, with the value and the limit, and what to do. ``server/api/errors.py`` maps each to HTTP.
 """
@@ -110,6 +116,31 @@ class UploadIncomplete(UploadError):
     """The body ended early, or did not match its announced length or checksum."""
 
 
+class AccessError(DeltaServeError):
+    """Who asks may not, or not now; ``headers`` of the answer say more."""
+
+    def __init__(self, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.headers = headers or {}
+
+
+class KeyRefused(AccessError):
+    """No API key, or one that is unknown or revoked."""
+
+
+class NotPermitted(AccessError):
+    """The key's role or models do not allow it."""
+
+
+class RequestLimitReached(AccessError):
+    """Too many requests in a minute, or at once."""
+
+
+class TokenLimitReached(AccessError):
+    """Too many tokens in a minute."""
+
+
 class EngineError(DeltaServeError):
     """A request was not or will not be answered."""
 
@@ -136,3 +167,7 @@ class GenerationFailed(EngineError):
 
 class EngineDown(EngineError):
     """The generation thread is not running."""
+
+
+class ShuttingDown(EngineDown):
+    """The server finishes what runs and takes nothing new."""

@@ -50,8 +50,40 @@ class Settings(BaseSettings):
     threads: PositiveInt | None = Field(
         None, description="Threads of the numeric libraries; theirs to choose if not given"
     )
+    keys: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="API keys: required, off, or asked for once there are any (auto), which also refuses an address "
+        "that others reach as long as there are none",
+    )
+    key_requests_per_minute: PositiveInt | None = Field(
+        None, description="Most requests a minute of a key without a limit of its own"
+    )
+    key_tokens_per_minute: PositiveInt | None = Field(
+        None, description="Most tokens a minute, of prompts and answers, of such a key"
+    )
+    key_concurrent: PositiveInt | None = Field(None, description="Most requests at once of such a key")
+    variant_requests_per_minute: PositiveInt | None = Field(
+        None, description="Most requests a minute for a variant, or the base, without a limit of its own"
+    )
+    variant_tokens_per_minute: PositiveInt | None = Field(None, description="Most tokens a minute for such a variant")
+    variant_concurrent: PositiveInt | None = Field(None, description="Most requests at once for such a variant")
+    limits_storage: str = Field(
+        "memory://", description="Where the minute's counts are kept; redis://HOST:PORT/DB shares them among servers"
+    )
+    metrics_public: bool = Field(False, description="Whether /metrics is open where the rest needs a key")
+    metrics_variants: PositiveInt = Field(
+        100, description="Most variants that have metrics of their own; the others are counted together as other"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector (OTLP over HTTP) that gets traces, as http://HOST:4318; none if not given",
+    )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         "info", description="Lowest level logged"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines as text, or as JSON objects")
+    shutdown_seconds: PositiveFloat = Field(
+        30.0, description="Longest time that running requests may take to finish once the server is told to stop"
     )
 
     @property

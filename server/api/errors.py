@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from deltaserve.delta_store import errors
+from deltaserve.server.logs import request_id
 
 RETRY_AFTER_SECONDS = 1
 INVALID = "invalid_request_error"
@@ -36,12 +37,18 @@ TABLE: dict[type[errors.DeltaServeError], tuple[int, str, str | None]] = {
     errors.UploadError: (400, INVALID, "upload_refused"),
     errors.UploadTooLarge: (413, INVALID, "upload_too_large"),
     errors.UploadIncomplete: (400, INVALID, "upload_incomplete"),
+    errors.AccessError: (403, INVALID, "insufficient_permissions"),
+    errors.KeyRefused: (401, INVALID, "invalid_api_key"),
+    errors.NotPermitted: (403, INVALID, "insufficient_permissions"),
+    errors.RequestLimitReached: (429, "requests", "rate_limit_exceeded"),
+    errors.TokenLimitReached: (429, "tokens", "rate_limit_exceeded"),
     errors.EngineError: (500, SERVER, "engine_error"),
     errors.RequestRefused: (400, INVALID, "invalid_value"),
     errors.ContextTooLong: (400, INVALID, "context_length_exceeded"),
     errors.QueueFull: (429, "rate_limit_error", "queue_full"),
     errors.GenerationFailed: (500, SERVER, "generation_failed"),
     errors.EngineDown: (503, SERVER, "engine_down"),
+    errors.ShuttingDown: (503, SERVER, "shutting_down"),
 }
 
 PARAMS = {errors.VariantNotFound: "model", errors.InvalidName: "name"}
@@ -91,8 +98,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
 async def answer_known(request: Request, error: Exception) -> Response:
     """A failure of our own error tree."""
     status, content = described(error)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
-    return JSONResponse(content, status, headers)
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
+    return JSONResponse(content, status, headers | getattr(error, "headers", {}))
 
 
 async def answer_invalid(request: Request, error: Exception) -> Response:
@@ -132,4 +139,4 @@ async def answer_http(request: Request, error: Exception) -> Response:
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
     """A failure that nobody foresaw; the ASGI server logs its trace."""
-    return JSONResponse(body(UNEXPECTED, SERVER, "internal_error"), 500)
+    return JSONResponse(body(UNEXPECTED, SERVER, "internal_error"), 500, {"x-request-id": request_id.get()})

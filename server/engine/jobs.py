@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from uuid import uuid4
 
-from deltaserve.server.engine.requests import Finished
+from deltaserve.server.engine.requests import Finished, FinishReason
 from deltaserve.server.engine.sampler import Chooser
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.wrapped import Fitted
@@ -12,10 +13,11 @@ from deltaserve.server.engine.wrapped import Fitted
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """``digest`` (empty for the base), ``slot`` and ``fitted`` (None for the base) are its variant's; ``release`` is
-    called once, when it is over.
+    """``digest`` and ``variant`` (empty for the base), ``slot`` and ``fitted`` (None for the base) are its variant's;
+    ``release`` is called once, when it is over.
 
-    ``id`` carries the digest, so that whoever knows the id knows whose the request is.
+    ``arrived`` and ``began`` (its first step) are on ``perf_counter``. ``id`` carries the digest, so that whoever knows
+    the id knows whose the request is.
     """
 
     digest: str
@@ -25,6 +27,9 @@ class Job:
     chooser: Chooser
     stream: Stream
     release: Callable[[], None]
+    variant: str = ""
+    arrived: float = field(default_factory=perf_counter)
+    began: float | None = None
     cached_tokens: int = 0
     cancelled: bool = False
     id: str = field(init=False)
@@ -37,6 +42,6 @@ class Job:
         generated = self.chooser.generated
         stopped = bool(generated) and generated[-1] in self.chooser.stop_ids
         count = len(generated) - stopped
-        if self.cancelled:
-            return Finished("cancelled", len(self.prompt), count, self.cached_tokens)
-        return Finished("stop" if stopped else "length", len(self.prompt), count, self.cached_tokens)
+        reason: FinishReason = "cancelled" if self.cancelled else "stop" if stopped or self.chooser.ended else "length"
+        queued_s = None if self.began is None else self.began - self.arrived
+        return Finished(reason, len(self.prompt), count, self.cached_tokens, queued_s)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deltaserve.server.engine.grammar import Grammar
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -12,7 +14,8 @@ class Sampling:
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 keep everything. ``seed`` None draws a fresh one.
     ``logprobs`` None returns none, n >= 0 returns the chosen token's and the n most likely ones', of the model's own
-    distribution (before temperature and filters).
+    distribution (before temperature and filters). ``grammar`` is what the answer must follow; where it ends, so does
+    the answer.
     """
 
     max_tokens: int
@@ -28,6 +31,7 @@ class Sampling:
     logprobs: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request that was not failed. An end-of-sequence token is not delivered as a ``Token``."""
+    """The last event of a request that was not failed. An end-of-sequence token is not delivered as a ``Token``.
+
+    ``queued_s``: how long it waited for its first step, None if it had none.
+    """
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    queued_s: float | None = None

@@ -1,7 +1,9 @@
 """From the generation thread to an event loop: the tokens of one request, then its end."""
 
 import asyncio
+from array import array
 from collections.abc import Callable, Iterable
+from time import perf_counter
 
 from deltaserve.server.engine.requests import Finished, Token
 
@@ -12,11 +14,13 @@ class Stream:
     """The tokens of one request, as an async iterator.
 
     It ends when the request does; then ``finished`` says how. It raises GenerationFailed where the request fails
-    midway. Whoever stops reading before the end calls ``cancel``.
+    midway. Whoever stops reading before the end calls ``cancel``. ``times`` are when its tokens came, on
+    ``perf_counter``, whether they were read or not.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[], None]) -> None:
         self.finished: Finished | None = None
+        self.times = array("d")
         self._loop, self._cancel = loop, cancel
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ended = False
@@ -59,5 +63,8 @@ def post(events: Iterable[tuple[Stream, Event]]) -> None:
 
 
 def _put(batch: list[tuple[Stream, Event]]) -> None:
+    now = perf_counter()
     for stream, event in batch:
+        if isinstance(event, Token):
+            stream.times.append(now)
         stream._events.put_nowait(event)
