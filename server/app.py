@@ -10,17 +10,29 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from deltaserve.delta_store.blobs import BlobStore
+from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.registry.sqlite import SqliteRegistry
-from deltaserve.server.api import chat, completions, errors, models, operations, profiles, variants
+from deltaserve.server.api import (
+    chat,
+    classify,
+    completions,
+    embeddings,
+    errors,
+    models,
+    operations,
+    profiles,
+    variants,
+)
 from deltaserve.server.api.tokenisers import Tokenisers
 from deltaserve.server.settings import Settings
 from deltaserve.server.version import installed_version
 
 if TYPE_CHECKING:
+    from deltaserve.server.engine.encoder import EncoderEngine
     from deltaserve.server.engine.engine import Engine
 
 
-def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
+def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = None) -> FastAPI:
     """The server as an ASGI application; ``engine`` None loads one as the settings say.
 
     ``app.state`` has ``settings``, ``engine`` (started while the application runs), ``registry``, ``blobs``
@@ -37,7 +49,7 @@ def create_app(settings: Settings, engine: "Engine | None" = None) -> FastAPI:
     app.state.engine = engine or load_engine(settings, app.state.profiles)
     app.state.tokenisers = Tokenisers(app.state.engine.tokenizer)
     errors.install(app)
-    for module in (chat, completions, models, operations, profiles, variants):
+    for module in (chat, completions, embeddings, classify, models, operations, profiles, variants):
         app.include_router(module.router)
     return app
 
@@ -53,9 +65,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.registry.close()
 
 
-def load_engine(settings: Settings, profiles: BlobStore) -> "Engine":
-    """The engine with the base loaded, not started."""
+def load_engine(settings: Settings, profiles: BlobStore) -> "Engine | EncoderEngine":
+    """The engine for this kind of base, with the base loaded, not started."""
     from deltaserve.server.engine.engine import Engine, EngineLimits
 
     limits = EngineLimits(**{field.name: getattr(settings, field.name) for field in fields(EngineLimits)})
+    if open_checkpoint(settings.base).architecture.is_encoder:
+        from deltaserve.server.engine.encoder import EncoderEngine
+
+        return EncoderEngine(settings.base, limits=limits, profile_path=profiles.path)
     return Engine(settings.base, limits=limits, profile_path=profiles.path)

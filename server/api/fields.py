@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_CHOICES = 128
+MAX_INPUTS = 2048
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 1000
 MAX_BIAS = 100.0
@@ -108,14 +109,25 @@ def _is_id(key: Any) -> bool:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    prompts = [value] if isinstance(value, str) or _is_ids(value) else value
-    if not isinstance(prompts, list) or not all((isinstance(p, str) and _is_text(p)) or _is_ids(p) for p in prompts):
+    return _texts(value, MAX_CHOICES, "prompts")
+
+
+def _inputs(value: Any) -> list[str | list[int]]:
+    inputs = _texts(value, MAX_INPUTS, "texts")
+    if "" in inputs:
+        raise PydanticCustomError("input", "must not hold an empty string")
+    return inputs
+
+
+def _texts(value: Any, most: int, what: str) -> list[str | list[int]]:
+    texts = [value] if isinstance(value, str) or _is_ids(value) else value
+    if not isinstance(texts, list) or not all((isinstance(t, str) and _is_text(t)) or _is_ids(t) for t in texts):
         raise PydanticCustomError(
-            "prompt", "must be a string, a list of strings, a list of token ids, or a list of those"
+            "texts", "must be a string, a list of strings, a list of token ids, or a list of those"
         )
-    if not 1 <= len(prompts) <= MAX_CHOICES:
-        raise PydanticCustomError("prompt", f"must hold from 1 to {MAX_CHOICES} prompts; got {len(prompts)}")
-    return prompts
+    if not 1 <= len(texts) <= most:
+        raise PydanticCustomError("texts", f"must hold from 1 to {most} {what}; got {len(texts)}")
+    return texts
 
 
 def _is_ids(value: Any) -> bool:
@@ -137,4 +149,8 @@ Biases = Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_t
 Prompts = Annotated[
     list[str | list[int]],
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Inputs = Annotated[
+    list[str | list[int]],
+    PlainValidator(_inputs, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]

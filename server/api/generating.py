@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
 from deltaserve.server.api.admission import Answer, admit
+from deltaserve.server.api.kinds import check_generates
 from deltaserve.server.api.schemas import ChatRequest, CompletionRequest
 from deltaserve.server.api.served import resolve
 from deltaserve.server.api.streaming import EventStream, while_connected
@@ -38,6 +39,7 @@ async def _generate(
     state: State, body: Asked, prompts: Prompts[Asked], whole: Whole[Asked], chunks: Chunks[Asked]
 ) -> Response:
     """The version is held and its requests run until the answer is over: a stream's end comes after this function's."""
+    check_generates(state)
     served = await resolve(state, body.model)
     with served.held as holding:
         ids = await run_in_threadpool(prompts, body, served.tokeniser)

@@ -23,6 +23,7 @@ def command(**flags: Any) -> None:
     settings = load(flags)
     import uvicorn
 
+    from deltaserve.server.api.kinds import is_encoder
     from deltaserve.server.app import create_app
 
     class Server(uvicorn.Server):
@@ -31,12 +32,13 @@ def command(**flags: Any) -> None:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                typer.echo(curl_line(settings, listener.getsockname()[1]))
+                typer.echo(curl_line(settings, listener.getsockname()[1], encoder=is_encoder(app.state.engine)))
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
     with bound(settings.host, settings.port) as listener:
+        app = create_app(settings)
         config = uvicorn.Config(
-            create_app(settings),
+            app,
             http="h11",  # httptools answers a body longer than its Content-Length before the application can
             log_level=settings.log_level,
             timeout_graceful_shutdown=30,
@@ -74,9 +76,11 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def curl_line(settings: Settings, port: int) -> str:
+def curl_line(settings: Settings, port: int, *, encoder: bool = False) -> str:
     """A command that asks the base."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    body = f'{{"model": "{settings.base_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    asked = '"input": "Hello"' if encoder else '"messages": [{"role": "user", "content": "Hello"}]'
+    body = f'{{"model": "{settings.base_name}", {asked}}}'
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    route = "embeddings" if encoder else "chat/completions"
+    return f"curl {address}/v1/{route} -H 'Content-Type: application/json' -d '{body}'"

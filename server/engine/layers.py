@@ -153,11 +153,11 @@ class DeltaEmbedding(nn.Module):
         segments = self.rows.segments
         if segments is None:
             return super().forward(ids)
-        flat = ids[0].long()
+        flat = ids.reshape(-1).long()
         y: Tensor = super().forward(flat.clamp(max=self.num_embeddings - 1))
         y[flat >= self.num_embeddings] = 0
         self.backend.delta_embedding_(y, flat, self.weights, segments)
-        return y[None]
+        return y.view(*ids.shape, -1)
 
 
 DeltaLayer = DeltaLinear | DeltaEmbedding | DeltaNorm

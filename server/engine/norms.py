@@ -60,21 +60,22 @@ class DeltaNorm(nn.Module):
             return self._by_formula(x, self.formula)
         if segments is None:
             return super().forward(x)
+        flat = _by_row(x)
         if self.takes_a_vector_each_row:
             places = self.rows.places
-            vectors = {name: _spread(table.index_select(0, places), x[0]) for name, table in self.tables.items()}
-            return _with_parameters(self, vectors, super().forward, x[0])[None]
-        y: Tensor = super().forward(x)
+            vectors = {name: _spread(table.index_select(0, places), flat) for name, table in self.tables.items()}
+            return _with_parameters(self, vectors, super().forward, flat).view_as(x)
+        y: Tensor = super().forward(flat)
         for slot, rows in segments.rows.items():
             vectors = {name: table[slot - BASE] for name, table in self.tables.items()}
-            y[0, rows] = _with_parameters(self, vectors, super().forward, x[0, rows])
-        return y
+            y[rows] = _with_parameters(self, vectors, super().forward, flat[rows])
+        return y.view_as(x)
 
     def _by_formula(self, x: Tensor, formula: Formula) -> Tensor:
         if self.rows.segments is None:
             weight = self.get_parameter("weight").detach()[None]
             return self.backend.rms_norm(x.reshape(-1, x.shape[-1]), weight, None, *formula).view_as(x)
-        return self.backend.rms_norm(x[0], self.tables["weight"], self.rows.places, *formula)[None]
+        return self.backend.rms_norm(_by_row(x), self.tables["weight"], self.rows.places, *formula).view_as(x)
 
 
 def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
@@ -100,6 +101,11 @@ def _with_parameters(
             return forward(x)
     finally:
         module._parameters.update(own)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """``[rows, .., n]`` of ``[texts, rows of each, .., n]``; that of single rows, ``[rows, n]``, as it is."""
+    return x.flatten(0, 1) if x.ndim > 2 else x
 
 
 def _spread(vectors: Tensor, like: Tensor) -> Tensor:

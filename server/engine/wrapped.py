@@ -1,7 +1,7 @@
 """A model whose layers know deltas: which parameters can have one, and whole variants going in and out of slots."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -80,7 +80,9 @@ class WrappedModel:
         self._layers: dict[str, tuple[DeltaLayer, str]] = {}
         body = f"{model.base_model_prefix}."
         keeps_few = bool(model._supports_logits_to_keep())
-        families = _families(model)
+        linears = [module for module in model.modules() if twin_of(module) is DeltaLinear]
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+        families = families_of(linears, lambda: model(ids, use_cache=False))
         for name, module in list(model.named_modules()):
             if (twin := twin_of(module, is_head=f"{name}.weight" == self._head)) is None:
                 continue
@@ -147,7 +149,7 @@ class WrappedModel:
             if name in self.weights:
                 overwrites += _changed_values(delta) * self.weights[name].element_size()
         vocabulary = self.check_whole(shapes, version.tied_head)
-        nbytes = sum(_nbytes(values) for values in prepared.values())
+        nbytes = sum(nbytes_of(values) for values in prepared.values())
         if self.tied and version.tied_head and self._embedding in prepared:
             prepared[self._head] = prepared[self._embedding]
         return Fitted(prepared, nbytes, vocabulary, version.stop_ids, overwrites)
@@ -176,16 +178,15 @@ class WrappedModel:
 
 
 @torch.no_grad()
-def _families(model: PreTrainedModel) -> list[list[Any]]:
-    """All linear layers; those that the model, asked once, calls in a row with the very same input stand together."""
-    linears = [module for module in model.modules() if twin_of(module) is DeltaLinear]
+def families_of(linears: Sequence[nn.Module], run: Callable[[], object]) -> list[list[Any]]:
+    """All linear layers; those that ``run``, done once, calls in a row with the very same input stand together."""
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: calls.append((module, args[0], args[0].clone())))
         for module in linears
     ]
     try:
-        model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        run()
     finally:
         for hook in hooks:
             hook.remove()
@@ -206,7 +207,8 @@ def _weight_names(model: PreTrainedModel) -> tuple[str, str]:
     return tuple(f"{names[id(m)]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))  # type: ignore[return-value]
 
 
-def _nbytes(prepared: Prepared) -> int:
+def nbytes_of(prepared: Prepared) -> int:
+    """Memory that a delta takes in its layer."""
     return prepared.nbytes if isinstance(prepared, Tensor) else int(prepared.nbytes)
 
 
