@@ -28,8 +28,9 @@ import numpy as np
 from deltaserve.server.bench.client import Asking
 from deltaserve.server.bench.load import open_client, served_models
 from deltaserve.server.bench.prompts import random_prompts
-from deltaserve.server.bench.report import Report, Setup
+from deltaserve.server.bench.report import Report
 from deltaserve.server.bench.run import run
+from deltaserve.server.bench.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

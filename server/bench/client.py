@@ -47,7 +47,8 @@ class Ask:
 class Record:
     """What one request came to. Times are seconds of this process's monotonic clock.
 
-    ``texts`` are the arrivals of the events that brought text. ``tokens`` is the server's ``usage`` or, if
+    ``start`` is when it was due: in an open loop that may be before it could be sent, and the wait is the server's
+    fault. ``texts`` are the arrivals of the events that brought text. ``tokens`` is the server's ``usage`` or, if
     ``estimated``, the number of those events. ``reason`` says why a request was not completed.
     """
 
@@ -90,9 +91,12 @@ class _Answer:
     usage: Usage | None = None
 
 
-async def send(client: httpx.AsyncClient, asking: Asking, ask: Ask) -> Record:
-    """Sends one streaming request and waits for its end. A failure is a record too, never an exception."""
-    start = time.perf_counter()
+async def send(client: httpx.AsyncClient, asking: Asking, ask: Ask, due: float | None = None) -> Record:
+    """Sends one streaming request and waits for its end. A failure is a record too, never an exception.
+
+    ``due`` is when it should have been sent, now if not given; latencies count from there.
+    """
+    start = time.perf_counter() if due is None else due
     answer = _Answer(texts=[])
     outcome, reason = Outcome.FAILED, ""
     try:

@@ -1,7 +1,8 @@
-"""A closed loop: so many clients, each of which sends its next request when its last one has ended."""
+"""How requests are sent: closed loop, a client's next one after its last; open loop, each when it is due."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import httpx
@@ -40,11 +41,14 @@ async def served_models(client: httpx.AsyncClient, timeout_s: float = 30.0) -> l
 async def closed_loop(
     client: httpx.AsyncClient,
     asking: Asking,
-    asks: Sequence[Ask],
+    asks: Iterable[Ask],
     concurrency: int,
     on_record: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Sends all of ``asks``, ``concurrency`` at a time, and returns their records in order of completion."""
+    """Sends all of ``asks``, ``concurrency`` at a time, and returns their records in order of completion.
+
+    Each is taken from ``asks`` when it is sent: a generator may go by the clock.
+    """
     records: list[Record] = []
     waiting = iter(asks)
 
@@ -55,6 +59,36 @@ async def closed_loop(
             on_record(record)
 
     async with asyncio.TaskGroup() as clients:
-        for _ in range(min(concurrency, len(asks))):
+        for _ in range(concurrency):
             clients.create_task(one_client(waiting))
+    return records
+
+
+async def open_loop(
+    client: httpx.AsyncClient,
+    asking: Asking,
+    asks: Sequence[Ask],
+    due_s: Sequence[float],
+    at_most: int | None = None,
+    on_record: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Sends each of ``asks`` at its second of ``due_s`` after the start, whether others have ended or not.
+
+    ``at_most`` bounds those under way; who waits for that, or is sent late, still counts from when it was due: a
+    stalled server cannot hide the requests that it kept from being sent (coordinated omission).
+    """
+    records: list[Record] = []
+    start = time.perf_counter()
+    places = asyncio.Semaphore(at_most if at_most is not None else max(1, len(asks)))
+
+    async def one_request(ask: Ask, due: float) -> None:
+        async with places:
+            record = await send(client, asking, ask, due)
+        records.append(record)
+        on_record(record)
+
+    async with asyncio.TaskGroup() as requests:
+        for ask, after_s in zip(asks, due_s, strict=True):
+            await asyncio.sleep(max(0.0, start + after_s - time.perf_counter()))
+            requests.create_task(one_request(ask, start + after_s))
     return records

@@ -27,7 +27,24 @@ def prompts_from_file(path: Path, count: int) -> list[str]:
     return list(islice(cycle(prompts), count))
 
 
-def random_prompts(words: int, count: int, seed: int) -> list[str]:
-    """``count`` prompts of ``words`` random words; the same seed gives the same prompts."""
+def word_range(text: str) -> tuple[int, int]:
+    """``"32"`` or ``"8:128"``: the fewest and the most words of a prompt. Raises OptionError."""
+    low, colon, high = text.partition(":")
+    if not low.isdecimal() or not (high.isdecimal() or not colon) or not 0 < int(low) <= int(high or low):
+        raise OptionError(f"--prompt-words {text} is no length; write WORDS or LOW:HIGH, such as 32 or 8:128")
+    return int(low), int(high or low)
+
+
+def random_prompts(words: int | tuple[int, int], count: int, seed: int, shared_prefix: int = 0) -> list[str]:
+    """``count`` prompts of random words, after ``shared_prefix`` words that all of them begin with.
+
+    ``words`` is their number, or the least and the greatest, each in between as likely. The same seed gives the same
+    prompts.
+    """
+    low, high = (words, words) if isinstance(words, int) else words
     generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS.split(), k=words)) for _ in range(count)]
+    vocabulary = WORDS.split()
+    prefix = generator.choices(vocabulary, k=shared_prefix)
+    # No draw where there is nothing to draw, so that prompts of one length stay those of earlier versions.
+    lengths = (low if low == high else generator.randint(low, high) for _ in range(count))
+    return [" ".join(prefix + generator.choices(vocabulary, k=length)) for length in lengths]

@@ -39,7 +39,7 @@ class Figures:
     tokens_per_s: float | None
     requests_per_s: float | None
     ttft: Distribution | None
-    gap: Distribution | None
+    itl: Distribution | None
     tpot: Distribution | None
     e2e: Distribution | None
 
@@ -85,7 +85,7 @@ def figures(records: Sequence[Record]) -> Figures:
         tokens_per_s=tokens / span if span else None,
         requests_per_s=len(completed) / span if span else None,
         ttft=distribution(record.ttft for record in completed),
-        gap=distribution(gap for record in completed for gap in record.gaps),
+        itl=distribution(gap for record in completed for gap in record.gaps),
         tpot=distribution(record.tpot for record in completed if record.tpot is not None),
         e2e=distribution(record.e2e for record in completed),
     )

@@ -41,12 +41,35 @@ def test_named_models_and_prompts_of_a_file(tmp_path: Path) -> None:
     assert asked == [("tuned", "one"), ("tuned", "two"), ("tuned", "one")]
 
 
+def test_open_loop_with_goodput_and_plot(tmp_path: Path) -> None:
+    picture = tmp_path / "run.svg"
+    loop = ["--rate", "200", "--burstiness", "0.5", "--requests", "6", "--mix", "rotation"]
+    wanted = ["--goodput", "ttft:60000", "--goodput", "e2e:60000", "--prompt-words", "2:5", "--shared-prefix", "3"]
+    with fake_server(base=QUICK, tuned=QUICK) as server:
+        result = CliRunner().invoke(app, ["bench", server.url, *loop, *wanted, "--json", "--plot", str(picture)])
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    setup = document["setup"]
+    assert (setup["loop"], setup["rate"], setup["burstiness"], setup["concurrency"]) == ("open", 200.0, 0.5, None)
+    assert setup["prompts"] == "prompts of 2 to 5 random words after 3 shared ones"
+    assert document["goodput"]["limits_ms"] == {"ttft": 60000.0, "e2e": 60000.0}
+    assert (document["goodput"]["requests"], document["goodput"]["share"]) == (6, 1.0)
+    assert document["cold_loads"] is None, "this server has no metrics"
+    assert "TTFT" in picture.read_text()
+    said = [body["messages"][0]["content"].split() for body in server.bodies]
+    assert len({tuple(words[:3]) for words in said}) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--mix", "gauss"], "'gauss' is unknown"),
         (["--save", "absent/report.json"], "there is no folder absent"),
         (["--models", ","], "there is no model to ask"),
+        (["--prompt-words", "9:8"], "--prompt-words 9:8 is no length"),
+        (["--goodput", "fast"], "--goodput fast is no limit"),
+        (["--plot", "run.txt"], "--plot run.txt has no known suffix"),
+        (["--engine", "base"], "either the address of a server or --engine"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_sent(options: list[str], message: str) -> None:

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from deltaserve.server.bench.client import Asking, Outcome
 from deltaserve.server.bench.prompts import random_prompts
-from deltaserve.server.bench.report import Report, Setup
+from deltaserve.server.bench.report import Report
 from deltaserve.server.bench.run import run
+from deltaserve.server.bench.setup import Setup
 from deltaserve.server.bench.statistics import Distribution
 from deltaserve.server.cli import app
 
@@ -69,7 +70,7 @@ def assert_plain_timing(report: Report, server: FakeServer, completed: int = 10)
     assert first >= 0.2
     assert last >= 0.4
     assert_close(server, total.ttft, first, completed)
-    assert_close(server, total.gap, median(gaps(server)), 10 * completed)
+    assert_close(server, total.itl, median(gaps(server)), 10 * completed)
     assert_close(server, total.tpot, each, completed)
     assert_close(server, total.e2e, last, completed)
     assert total.output_tokens == 11 * completed
@@ -97,9 +98,9 @@ def test_f_benchmark_flatters_two_tokens_in_one_event() -> None:
     assert total.output_tokens == 110
     each = median((sent.texts[-1] - sent.texts[0]) / 10 for sent in answers(server))
     assert_close(server, total.tpot, each, 10)
-    assert_close(server, total.gap, median(gaps(server)), 50)
+    assert_close(server, total.itl, median(gaps(server)), 50)
     assert median(gaps(server)) > 0.035
-    assert report.as_json()["gap_per_event_ms"]["samples"] == 50
+    assert report.as_json()["itl_per_event_ms"]["samples"] == 50
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from fake_server import FakeServer, Script, fake_server
 
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.bench.client import Ask, Asking, Outcome, Record
-from deltaserve.server.bench.load import closed_loop, endpoint_root, open_client, served_models
+from deltaserve.server.bench.load import closed_loop, endpoint_root, open_client, open_loop, served_models
 
 QUICK = Script(first_s=0.05, every_s=0.001)
 
@@ -25,6 +25,34 @@ def test_closed_loop_keeps_so_many_under_way(concurrency: int) -> None:
     assert [record.outcome for record in records] == [Outcome.COMPLETED] * 12
     assert server.most_under_way == concurrency
     assert {body["messages"][0]["content"] for body in server.bodies} == {f"prompt {n}" for n in range(12)}
+
+
+def open_load(server: FakeServer, due_s: list[float], at_most: int | None = None) -> list[Record]:
+    async def go() -> list[Record]:
+        async with open_client(server.url) as client:
+            return await open_loop(client, Asking(), [Ask("m", "prompt")] * len(due_s), due_s, at_most)
+
+    return asyncio.run(go())
+
+
+def test_open_loop_sends_what_is_due_whether_others_have_ended_or_not() -> None:
+    with fake_server(m=Script(first_s=0.5, every_s=0.001)) as server:
+        records = open_load(server, [0.1 * n for n in range(5)])
+    assert [record.outcome for record in records] == [Outcome.COMPLETED] * 5
+    assert server.most_under_way == 5
+    assert [sent.arrived - server.sent[0].arrived for sent in server.sent] == pytest.approx(
+        [0.1 * n for n in range(5)], abs=0.02 + 2 * server.lag_s
+    )
+
+
+def test_open_loop_counts_from_when_a_request_was_due_not_from_when_it_was_sent() -> None:
+    """Four requests at once and one place for them: the last one's first token takes four answers' time."""
+    with fake_server(m=Script(first_s=0.1, tokens=1)) as server:
+        records = open_load(server, [0.0] * 4, at_most=1)
+    assert server.most_under_way == 1
+    waits = [record.ttft for record in records]
+    assert [waits[n] >= 0.1 * (n + 1) for n in range(4)] == [True] * 4
+    assert waits[3] >= 0.4
 
 
 def test_more_clients_than_the_pool_of_httpx_has_by_default() -> None:

@@ -17,6 +17,20 @@ def test_distinct_goes_round_the_models() -> None:
     assert assign("distinct", MODELS, 6, seed=1) == ["a", "b", "c", "d", "a", "b"]
 
 
+def test_distinct_needs_no_more_models_than_are_under_way() -> None:
+    assert assign("distinct", MODELS, 5, seed=1, at_once=2) == ["a", "b", "a", "b", "a"]
+
+
+def test_rotation_goes_round_all_models_however_few_are_under_way() -> None:
+    assert assign("rotation", MODELS, 6, seed=1, at_once=2) == ["a", "b", "c", "d", "a", "b"]
+
+
+@pytest.mark.parametrize(("exponent", "first"), [(0.0, 0.25), (1.0, 0.48), (2.0, 0.702)])
+def test_exponent_of_zipf(exponent: float, first: float) -> None:
+    found = Counter(assign("zipf", MODELS, 40_000, seed=1, exponent=exponent))
+    assert found["a"] / 40_000 == pytest.approx(first, abs=0.01)
+
+
 def test_identical_asks_the_first_model_alone() -> None:
     assert assign("identical", MODELS, 3, seed=1) == ["a", "a", "a"]
 
@@ -43,7 +57,7 @@ def test_other_seed_other_requests() -> None:
 
 
 def test_unknown_mix_lists_the_known() -> None:
-    with pytest.raises(OptionError, match=r"'gauss' is unknown.*distinct, uniform, zipf, skewed, identical"):
+    with pytest.raises(OptionError, match=r"'gauss' is unknown.*distinct, rotation, uniform, zipf, skewed, identical"):
         assign("gauss", MODELS, 1, seed=1)
 
 

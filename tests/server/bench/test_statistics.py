@@ -48,7 +48,7 @@ def test_figures_count_completed_requests_only() -> None:
 
 def test_figures_of_failures_alone_are_absent_not_zero() -> None:
     found = figures([record(outcome=Outcome.TIMED_OUT)])
-    assert (found.tokens_per_s, found.ttft, found.gap, found.tpot, found.e2e) == (None, None, None, None, None)
+    assert (found.tokens_per_s, found.ttft, found.itl, found.tpot, found.e2e) == (None, None, None, None, None)
     assert found.failed_share == 1.0
 
 

@@ -1,0 +1,113 @@
+"""A server with many variants: the demo's artifacts under as many names as are wanted, each a version of its own.
+
+Their deltas repeat, but nothing is shared: every copy has another digest, and so a file, a load and a place in memory.
+"""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "deploy" / "demo"
+ARTIFACTS = sorted((DEMO / "variants").glob("*.safetensors"))
+PATIENCE_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server's address and its process."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+
+def copy_of(artifact: Path, number: int) -> bytes:
+    """The artifact with its number in its provenance: the same deltas under another digest."""
+    content = artifact.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    manifest = json.loads(header["__metadata__"]["deltaserve"])
+    manifest["provenance"]["copy"] = number
+    header["__metadata__"]["deltaserve"] = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def names(count: int) -> list[str]:
+    return [f"variant-{number}" for number in range(count)]
+
+
+def upload(url: str, count: int) -> None:
+    """Register ``count`` variants over HTTP, the way any client would."""
+    profile = str(DEMO / "profile.safetensors")
+    push = [sys.executable, "-m", "deltaserve.server.cli", "push", str(ARTIFACTS[0]), "--name", "profile-bringer"]
+    subprocess.run([*push, "--url", url, "--profile", profile], check=True, stdout=subprocess.DEVNULL)
+    with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+        client.delete("/v1/variants/profile-bringer").raise_for_status()
+        for number, name in enumerate(names(count)):
+            body = copy_of(ARTIFACTS[number % len(ARTIFACTS)], number)
+            client.put(f"/v1/variants/{name}", content=body).raise_for_status()
+
+
+@contextmanager
+def deltaserve(base: Path, name: str, options: Sequence[str] = ()) -> Iterator[Served]:
+    """A server of its own on a fresh store, which serves the base as ``name``."""
+    with tempfile.TemporaryDirectory() as store:
+        flags = ["--served-name", name, "--store", store, "--log-level", "warning", *options]
+        command = [sys.executable, "-m", "deltaserve.server.cli", "serve", str(base), *flags]
+        with started(command, "/ready") as served:
+            yield served
+
+
+@contextmanager
+def started(command: Sequence[str], ready: str, environment: dict[str, str] | None = None) -> Iterator[Served]:
+    """A server's process, on a free port and ready; it ends with the block."""
+    port = free_port()
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url + ready, process)
+        yield Served(url, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(f"The server ended with code {process.returncode}; its message is above.")
+        try:
+            if httpx.get(url).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"{url} did not answer within {PATIENCE_S} s.")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
