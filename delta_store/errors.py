@@ -14,8 +14,9 @@ DeltaServeError
 ├── ToleranceMissed            no artifact is within the tolerance
 ├── RegistryError
 │   ├── VariantNotFound
+│   ├── VersionNotFound        the variant never had these bytes
 │   ├── InvalidName
-│   └── RegistryUnavailable    the registry's server or file does not answer
+│   └── RegistryUnavailable    the registry's server or file, or the object store, does not answer
 ├── UploadError
 │   ├── UploadTooLarge
 │   └── UploadIncomplete
@@ -94,6 +95,10 @@ class RegistryError(DeltaServeError):
 
 class VariantNotFound(RegistryError):
     """No variant of this name."""
+
+
+class VersionNotFound(RegistryError):
+    """The variant has no version of this digest."""
 
 
 class InvalidName(RegistryError):

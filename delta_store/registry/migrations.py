@@ -17,4 +17,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             FOREIGN KEY (variant, number) REFERENCES versions (variant, number)
         )""",
     ),
+    (
+        "ALTER TABLE variants ADD COLUMN canary INTEGER",
+        "ALTER TABLE variants ADD COLUMN share REAL NOT NULL DEFAULT 0",
+    ),
 )

@@ -1,20 +1,27 @@
 """The registry in one SQLite file, for any number of threads and server processes on one machine."""
 
-import json
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
-from deltaserve.delta_store.errors import RegistryUnavailable, VariantNotFound
-from deltaserve.delta_store.registry import Receipt, Registered, check_name
+from deltaserve.delta_store.errors import RegistryUnavailable
+from deltaserve.delta_store.registry import (
+    Pointer,
+    Receipt,
+    Registered,
+    check_name,
+    check_split,
+    variant_not_found,
+    version_not_found,
+)
 from deltaserve.delta_store.registry.migrations import MIGRATIONS
 
 BUSY_SECONDS = 30.0
-_CURRENT = "SELECT * FROM versions NATURAL JOIN variants"
+_CURRENT = "SELECT versions.* FROM versions NATURAL JOIN variants"
+_VERSIONS = "SELECT * FROM versions WHERE variant = ? ORDER BY number DESC"
 
 
 class SqliteRegistry:
@@ -45,23 +52,47 @@ class SqliteRegistry:
                     "variant": variant,
                     "created": time.time(),
                     "digest": receipt.digest,
-                    "receipt": json.dumps(asdict(receipt)),
+                    "receipt": receipt.to_json(),
                 },
             )
             run.execute(
-                """INSERT INTO variants SELECT variant, number FROM versions WHERE variant = ? AND digest = ?
-                ON CONFLICT (variant) DO UPDATE SET number = excluded.number""",
+                """INSERT INTO variants (variant, number) SELECT variant, number FROM versions
+                WHERE variant = ? AND digest = ?
+                ON CONFLICT (variant) DO UPDATE SET number = excluded.number, canary = NULL, share = 0""",
                 (variant, receipt.digest),
             )
             return _registered(run.execute(f"{_CURRENT} WHERE variant = ?", (variant,)).fetchone())
 
+    def point(self, variant: str, digest: str, canary: str | None = None, share: float = 0.0) -> Pointer:
+        """Turn the name to one of its versions, or to two."""
+        check_split(digest, canary, share)
+        with self._transaction() as run:
+            _pointer(run, variant)
+            found = {row["digest"]: _registered(row) for row in run.execute(_VERSIONS, (variant,))}
+            for one in (digest, canary):
+                if one is not None and one not in found:
+                    raise version_not_found(variant, one)
+            pointer = Pointer(found[digest], None if canary is None else found[canary], share)
+            numbers = (pointer.current.number, pointer.canary and pointer.canary.number)
+            run.execute(
+                "UPDATE variants SET number = ?, canary = ?, share = ? WHERE variant = ?", (*numbers, share, variant)
+            )
+        return pointer
+
+    def pointer(self, variant: str) -> Pointer:
+        """Where the name points."""
+        with self._transaction("DEFERRED") as run:
+            return _pointer(run, variant)
+
     def current(self, variant: str) -> Registered:
-        """The version that the name points at."""
-        return self._some(f"{_CURRENT} WHERE variant = ?", variant)[0]
+        """The version that the name points at, whatever the canary."""
+        return self.pointer(variant).current
 
     def versions(self, variant: str) -> Sequence[Registered]:
         """All versions, newest first."""
-        return self._some("SELECT * FROM versions WHERE variant = ? ORDER BY number DESC", variant)
+        with self._transaction("DEFERRED") as run:
+            _pointer(run, variant)
+            return [_registered(row) for row in run.execute(_VERSIONS, (variant,))]
 
     def variants(self) -> Sequence[Registered]:
         """The current version of every variant, by name."""
@@ -72,7 +103,7 @@ class SqliteRegistry:
         """Forget the variant with all its versions."""
         with self._transaction() as run:
             if not run.execute("DELETE FROM variants WHERE variant = ?", (variant,)).rowcount:
-                raise _not_found(variant)
+                raise variant_not_found(variant)
             run.execute("DELETE FROM versions WHERE variant = ?", (variant,))
 
     def digests(self) -> set[str]:
@@ -80,17 +111,15 @@ class SqliteRegistry:
         with self._transaction("DEFERRED") as run:
             return {row["digest"] for row in run.execute("SELECT digest FROM versions")}
 
+    def check(self) -> None:
+        """Whether the file can be read now."""
+        with self._transaction("DEFERRED") as run:
+            run.execute("SELECT 1 FROM variants LIMIT 1")
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._connection.close()
-
-    def _some(self, query: str, variant: str) -> list[Registered]:
-        with self._transaction("DEFERRED") as run:
-            rows = run.execute(query, (variant,)).fetchall()
-        if not rows:
-            raise _not_found(variant)
-        return [_registered(row) for row in rows]
 
     def _migrate(self) -> None:
         with self._transaction() as run:
@@ -129,9 +158,17 @@ class SqliteRegistry:
             raise RegistryUnavailable(f"The registry {self._path} does not answer: {error}") from error
 
 
+def _pointer(run: sqlite3.Connection, variant: str) -> Pointer:
+    row = run.execute("SELECT * FROM variants WHERE variant = ?", (variant,)).fetchone()
+    if row is None:
+        raise variant_not_found(variant)
+    query = "SELECT * FROM versions WHERE variant = ? AND number = ?"
+    current, canary = (
+        number and _registered(run.execute(query, (variant, number)).fetchone())
+        for number in (row["number"], row["canary"])
+    )
+    return Pointer(current, canary, row["share"])
+
+
 def _registered(row: sqlite3.Row) -> Registered:
-    return Registered(row["variant"], row["number"], row["created"], Receipt(**json.loads(row["receipt"])))
-
-
-def _not_found(variant: str) -> VariantNotFound:
-    return VariantNotFound(f"There is no variant {variant!r}; GET /v1/variants lists those there are")
+    return Registered(row["variant"], row["number"], row["created"], Receipt.from_json(row["receipt"]))

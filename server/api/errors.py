@@ -32,6 +32,7 @@ TABLE: dict[type[errors.DeltaServeError], tuple[int, str, str | None]] = {
     errors.OptionError: (400, INVALID, "invalid_value"),
     errors.RegistryError: (500, SERVER, "registry_error"),
     errors.VariantNotFound: (404, INVALID, "model_not_found"),
+    errors.VersionNotFound: (404, INVALID, "version_not_found"),
     errors.InvalidName: (400, INVALID, "invalid_name"),
     errors.RegistryUnavailable: (503, SERVER, "registry_unavailable"),
     errors.UploadError: (400, INVALID, "upload_refused"),
