@@ -34,7 +34,7 @@ from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, divided
 from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.delta_store.pruning.whole import Encoded, dense, exact_codec
-from deltaserve.delta_store.quality import EVALUATION_TOKENS, Quality, measure
+from deltaserve.delta_store.quality import EVALUATION_TOKENS, Quality, check_answers, measure
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
 from deltaserve.delta_store.variant_files import differing_files
 
@@ -228,9 +228,9 @@ def _evaluation_samples(path: Path, base: Checkpoint, fine_tune: FineTune) -> li
     tokenizer = tokenizer_of(fine_tune.folder, base.folder)
     if tokenizer is None:
         raise OptionError("Neither base nor fine-tune has a tokenizer, so no text can be evaluated")
-    if base.architecture.head is None:
-        raise OptionError(f"{base.architecture.name} predicts no tokens, so its variants cannot be evaluated on text")
-    return read_samples(path, tokenizer, EVALUATION_TOKENS)
+    samples = read_samples(path, tokenizer, EVALUATION_TOKENS)
+    check_answers(path, samples, fine_tune)
+    return samples
 
 
 def _tuning_samples(settings: Options, text: Path | None, base: Checkpoint, fine_tune: FineTune) -> list[Sample]:

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
+from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import FineTune
+from deltaserve.delta_store.heads import variant_architecture
 from deltaserve.delta_store.merge import variant_tensors, variant_vocabulary
 from deltaserve.delta_store.plain_model import plain_model, variant_config
 from deltaserve.delta_store.profile import Profile
@@ -21,11 +25,11 @@ EVALUATION_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Measured in float32 over ``tokens`` predicted tokens, in nats.
+    """Measured in float32 over ``tokens`` predicted tokens, in nats; over texts where texts are classified.
 
     ``kl_mean`` and ``kl_p99``: Kullback-Leibler divergence of the artifact's predictions from the full fine-tune's.
     ``top1_agreement``: how often both put the same token first. ``loss_*``: cross-entropy of the text; the base's is
-    None where the text holds tokens that only the fine-tune has.
+    None where the text holds tokens that only the fine-tune has, or the base does not classify.
     """
 
     tokens: int
@@ -35,6 +39,19 @@ class Quality:
     loss_base: float | None
     loss_fine_tuned: float
     loss_artifact: float
+
+
+def check_answers(path: Path, samples: Sequence[Sample], fine_tune: FineTune) -> None:
+    """Refuse text that asks of a model what it cannot answer: tokens of a classifier, or classes of a decoder."""
+    architecture = fine_tune.architecture
+    is_classifier = architecture.name.endswith("ForSequenceClassification")
+    classes = architecture.config.num_labels if is_classifier else 0
+    labels = {sample.label for sample in samples}
+    if None in labels and architecture.head is None:
+        wanted = 'lines of {"text": ..., "label": ...}' if is_classifier else "a fine-tune that classifies"
+        raise OptionError(f"{architecture.name} predicts no tokens; to evaluate it takes {wanted}")
+    if wrong := sorted(label for label in labels if label is not None and label >= classes):
+        raise OptionError(f"{path} has label {wrong[0]}, but {architecture.name} has {classes} classes")
 
 
 @torch.inference_mode()
@@ -47,7 +64,7 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
     """Run base, full fine-tune and artifact over the samples. Takes the memory of two models in float32."""
-    loss_base = _base_loss(base, samples)
+    loss_base = _base_loss(base, fine_tune, samples)
     full, merged = full_model(base, fine_tune), merged_model(base, artifact, profile)
     rows = []
     for done, sample in enumerate(samples):
@@ -72,21 +89,26 @@ def quality_of(rows: Tensor, loss_base: float | None) -> Quality:
 
 def full_model(base: Checkpoint, fine_tune: FineTune) -> Any:
     """The fine-tune itself, in float32."""
-    return _model(base, fine_tune.tensors(), fine_tune.vocabulary, fine_tune.tied)
+    return _model(fine_tune.architecture, fine_tune.tensors(), fine_tune.vocabulary, fine_tune.tied)
 
 
 def merged_model(base: Checkpoint, artifact: Artifact, profile: Profile | None) -> Any:
     """The base with the artifact's delta in its weights, in float32."""
     tensors = variant_tensors(base, artifact, profile, torch.float32)
-    return _model(base, tensors, variant_vocabulary(base, artifact), artifact.manifest.tied_head)
+    architecture = variant_architecture(base.architecture, artifact)
+    return _model(architecture, tensors, variant_vocabulary(base, artifact), artifact.manifest.tied_head)
 
 
 def outputs(model: Any, sample: Sample) -> Tensor:
     """float32 ``[tokens, vocabulary]``: log-probabilities of what may stand at each scored token.
 
-    Of a model that predicts no tokens, an encoder: its last hidden state at each of them, ``[tokens, width]``.
+    Of a text with a label ``[1, labels]``, those of its classes. Of a model that predicts no tokens, an encoder, on
+    other text: its last hidden state at each token, ``[tokens, width]``.
     """
     ids = torch.tensor([sample.ids])
+    if sample.label is not None:
+        classes: Tensor = model(input_ids=ids).logits
+        return classes.float().log_softmax(-1)
     if model.get_output_embeddings() is None:
         hidden: Tensor = model.base_model(input_ids=ids)[0][0, sample.start :]
         return hidden.float()
@@ -99,7 +121,7 @@ def output_change(model: Any, samples: Sequence[Sample], wanted: Sequence[Tensor
 
     Of hidden states: the sum of squared differences over the sum of squares.
     """
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None and samples[0].label is None:
         changes = [(outputs(model, s) - w).square().sum() for s, w in zip(samples, wanted, strict=True)]
         return (torch.stack(changes).sum() / torch.stack([w.square().sum() for w in wanted]).sum()).item()
     divergences = [_divergence(w, outputs(model, s)) for s, w in zip(samples, wanted, strict=True)]
@@ -123,19 +145,20 @@ def _divergence(wanted: Tensor, given: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - given)).sum(1)
 
 
-def _base_loss(base: Checkpoint, samples: Sequence[Sample]) -> float | None:
+def _base_loss(base: Checkpoint, fine_tune: FineTune, samples: Sequence[Sample]) -> float | None:
     vocabulary = base.shape(base.architecture.embedding)[0]
-    if any(token >= vocabulary for sample in samples for token in sample.ids):
+    has_tokens = all(token < vocabulary for sample in samples for token in sample.ids)
+    if not has_tokens or base.architecture.name != fine_tune.architecture.name:
         return None
-    model = _model(base, ((name, base.read(name)) for name in base.names), vocabulary, base.tied)
+    model = _model(base.architecture, ((name, base.read(name)) for name in base.names), vocabulary, base.tied)
     return loss(model, samples)
 
 
-def _model(base: Checkpoint, tensors: Any, vocabulary: int, tied: bool) -> Any:
-    config = variant_config(base.architecture, vocabulary, tied, torch.float32)
-    return plain_model(base.architecture, config, tensors, torch.float32)
+def _model(architecture: Architecture, tensors: Any, vocabulary: int, tied: bool) -> Any:
+    config = variant_config(architecture, vocabulary, tied, torch.float32)
+    return plain_model(architecture, config, tensors, torch.float32)
 
 
 def targets(sample: Sample) -> Tensor:
-    """int64 ``[tokens]``: the ids that are scored."""
-    return torch.tensor(sample.ids[sample.start :])
+    """int64 ``[tokens]``: the ids that are scored; of a text with a label that one, ``[1]``."""
+    return torch.tensor(sample.ids[sample.start :] if sample.label is None else [sample.label])

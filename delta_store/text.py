@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from deltaserve.delta_store.errors import OptionError
 
@@ -14,23 +14,32 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Token ids of one text; the tokens from ``start`` on are predicted and scored, those before are only read."""
+    """Token ids of one text; the tokens from ``start`` on are predicted and scored, those before are only read.
+
+    With a ``label`` the text as a whole is classified, and that is the number of its class.
+    """
 
     ids: tuple[int, ...]
     start: int = 1
+    label: int | None = None
 
 
-class Conversation(BaseModel):
-    """A line of a ``.jsonl`` file: a prompt and its answer, or messages of which the last is the answer."""
+class Line(BaseModel):
+    """A line of a ``.jsonl`` file: a prompt and its answer, messages of which the last is the answer, or a text and
+    the number of its class."""
 
     prompt: str | None = None
     answer: str | None = None
     messages: list[dict[str, str]] | None = None
+    text: str | None = None
+    label: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
-    def _has_an_answer(self) -> "Conversation":
+    def _has_an_answer(self) -> "Line":
+        if self.text is not None and self.label is not None:
+            return self
         if (self.messages is None) == (self.prompt is None or self.answer is None):
-            raise ValueError('needs either "prompt" and "answer" or "messages"')
+            raise ValueError('needs either "prompt" and "answer" or "messages", or for an encoder "text" and "label"')
         if self.messages is not None and (len(self.messages) < 2 or "content" not in self.messages[-1]):
             raise ValueError('"messages" needs a question and, last, its answer')
         return self
@@ -43,7 +52,7 @@ class Conversation(BaseModel):
 
 
 def read_samples(path: Path, tokenizer: Any, limit: int) -> list[Sample]:
-    """The samples of a file: one a conversation for ``.jsonl``, else windows of prose; at most ``limit`` scored tokens.
+    """The samples of a file: one a line for ``.jsonl``, else windows of prose; at most ``limit`` scored tokens.
 
     Raises OptionError for a file that is missing, empty or malformed.
     """
@@ -52,9 +61,7 @@ def read_samples(path: Path, tokenizer: Any, limit: int) -> list[Sample]:
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"Cannot read the text file {path}: {error}") from error
     if path.suffix == ".jsonl":
-        samples = [
-            _conversation(path, i, line, tokenizer) for i, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        samples = [_of_line(path, i, line, tokenizer) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
         samples = _first(samples, limit)
     else:
         samples = windows(text, tokenizer, limit)
@@ -74,11 +81,14 @@ def windows(text: str, tokenizer: Any, limit: int) -> list[Sample]:
     return [Sample(window) for window in cut if len(window) > 1]
 
 
-def _conversation(path: Path, number: int, line: str, tokenizer: Any) -> Sample:
+def _of_line(path: Path, number: int, line: str, tokenizer: Any) -> Sample:
     try:
-        question, answer = Conversation.model_validate_json(line).split()
+        content = Line.model_validate_json(line)
     except ValidationError as error:
         raise OptionError(f"{path}, line {number}: {error.errors()[0]['msg']}") from error
+    if content.text is not None and content.label is not None:
+        return Sample(tuple(tokenizer(content.text, truncation=True).input_ids), label=content.label)
+    question, answer = content.split()
     if tokenizer.chat_template is None:
         raise OptionError(f"{path} holds conversations, but the base has no chat template; give plain text instead")
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)

@@ -48,7 +48,7 @@ def search(
     if options.drop == 0:
         return dict.fromkeys(names, 1.0)
     full = full_model(base, fine_tune)
-    rho = shares(_noise_and_signal(full, base, names, samples[0]), options.per)
+    rho = shares(noise_and_signal(full, base, names, samples[0]), options.per)
     judge = _judge(full, samples, options)
     del full
     pruned = _Pruned.of(merged_model(base, artifact, None), artifact, names)
@@ -61,7 +61,7 @@ def search(
         pruned.divide(multiples(rho, eta, options.drop))
         return judge(pruned.model)
 
-    return multiples(rho, minimise(score, _smallest(rho, options.drop)), options.drop)
+    return multiples(rho, minimise(score, smallest(rho, options.drop)), options.drop)
 
 
 def shares(sums: Mapping[str, tuple[float, float]], per: str) -> dict[str, float]:
@@ -102,7 +102,7 @@ def _best(scores: Mapping[float, float]) -> float:
     return min(scores, key=scores.__getitem__)
 
 
-def _smallest(rho: Mapping[str, float], drop: float) -> float:
+def smallest(rho: Mapping[str, float], drop: float) -> float:
     """The eta with which no q is further than ``LEAST_CHANGE`` from 1 - p; infinite where none ever is."""
     steepest = max(rho.values(), default=0.0) * drop / (1 - drop)
     return LEAST_CHANGE / steepest if steepest else inf
@@ -114,7 +114,7 @@ def _judge(full: Any, samples: Sequence[Sample], options: Options) -> Callable[[
     return partial(output_change, samples=samples, wanted=[outputs(full, sample) for sample in samples])
 
 
-def _noise_and_signal(
+def noise_and_signal(
     full: Any, base: Checkpoint, names: Sequence[str], sample: Sample
 ) -> dict[str, tuple[float, float]]:
     """By weight (sum Q, sum S**2) over the sample's tokens and the weight's rows; of a layer not reached, zeros."""

@@ -32,9 +32,16 @@ class Bench:
 
     def measure(self, artifact: Artifact, profile: Profile | None, samples: Sequence[Sample]) -> Point:
         """The variant that an artifact's file makes of the base."""
+        tensors = variant_tensors(self._base, artifact, profile, torch.float32)
+        return self.measure_tensors(tensors, artifact.path.stat().st_size, samples)
+
+    def measure_tensors(
+        self, tensors: Iterable[tuple[str, Tensor]], size_bytes: int, samples: Sequence[Sample]
+    ) -> Point:
+        """A variant given by all of its parameters, that takes ``size_bytes``."""
         self._remember(samples)
-        self._load(variant_tensors(self._base, artifact, profile, torch.float32))
-        return self._point(samples, artifact.path.stat().st_size)
+        self._load(tensors)
+        return self._point(samples, size_bytes)
 
     def base(self, samples: Sequence[Sample]) -> Point | None:
         """The bare base; None where the fine-tune has tokens that the base lacks."""

@@ -100,7 +100,7 @@ def test_noise_shares_are_those_of_the_terms(model: torch.nn.Module, tmp_path: P
             module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given))
     with torch.no_grad():
         tuned(input_ids=torch.tensor([SAMPLES[0].ids]))
-        found = darex._noise_and_signal(tuned, checkpoint, list(inputs), SAMPLES[0])
+        found = darex.noise_and_signal(tuned, checkpoint, list(inputs), SAMPLES[0])
     assert found.keys() == inputs.keys()
     for name, x in inputs.items():
         delta = tuned.state_dict()[name] - checkpoint.read(name)
@@ -118,7 +118,7 @@ def test_what_it_finds_is_about_the_best_of_a_fine_grid(
     options = Options(drop=0.75, judge=judge, per=per)
     found = search(checkpoint, tune, artifact, SAMPLES, options)
     full = full_model(checkpoint, tune)
-    rho = shares(darex._noise_and_signal(full, checkpoint, list(found), SAMPLES[0]), per)
+    rho = shares(darex.noise_and_signal(full, checkpoint, list(found), SAMPLES[0]), per)
     wanted = [outputs(full, sample) for sample in SAMPLES]
 
     pruned = darex._Pruned.of(merged_model(checkpoint, artifact, None), artifact, list(found))

@@ -1,17 +1,26 @@
 """The quality report, against a direct computation with the models."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import fine_tuned, save, tiny_llama, tiny_tokenizer
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
 
+from deltaserve.delta_store.calibration import profile_for
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.compress import compress
+from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import open_fine_tune
 from deltaserve.delta_store.merge import merge
 from deltaserve.delta_store.quality import Quality, measure
@@ -100,3 +109,74 @@ def test_of_a_conversation_only_the_answer_counts(tmp_path: Path) -> None:
     assert tokenizer.decode(one.ids[: one.start]) == "user: hi\nassistant: "
     assert tokenizer.decode(one.ids[one.start :]) == "yes<|end|>"
     assert len(read_samples(file, tokenizer, 5)) == 1
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bare encoder, and a fine-tune of it that tells two classes apart; both with a tokenizer."""
+    torch.manual_seed(0)
+    sizes = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    base = BertModel(sizes).eval()
+    classifier = BertForSequenceClassification(sizes).eval()
+    classifier.bert.load_state_dict(fine_tuned(base, scale=0.1).state_dict())
+    folder = tmp_path_factory.mktemp("encoders")
+    return save(base, folder / "base", vocab=64), save(classifier, folder / "fine", vocab=64)
+
+
+def test_a_classifier_is_judged_by_its_classes(encoders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, fine = encoders
+    texts = ["hello", "a b c", "good morning", "no"]
+    lines = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "artifact"
+    options = {"drop": 0.5, "block": 4}
+    receipt = compress(base, fine, out, method="weighted", options=options, evaluate=tmp_path / "text.jsonl")
+    merged = merge(base, out, tmp_path / "merged").folder
+    wanted, given = (classes(folder, texts) for folder in (fine, merged))
+    found, labels = receipt.quality, torch.tensor([0, 1, 0, 1])
+    assert found is not None
+    assert (found.tokens, found.loss_base) == (4, None)
+    divergence = kl_div(log_softmax(given, -1), log_softmax(wanted, -1), log_target=True, reduction="none").sum(1)
+    assert found.kl_mean == pytest.approx(divergence.mean().item(), abs=1e-6)
+    assert found.kl_mean > 1e-5
+    assert found.loss_fine_tuned == pytest.approx(cross_entropy(wanted, labels).item(), abs=1e-5)
+    assert found.loss_artifact == pytest.approx(cross_entropy(given, labels).item(), abs=1e-5)
+
+
+def classes(folder: Path, texts: list[str]) -> torch.Tensor:
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), tiny_tokenizer(64)
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([tokenizer(text).input_ids])).logits for text in texts])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "hello", "label": 2}, "has label 2, but BertForSequenceClassification has 2 classes"),
+        ({"text": "hello", "label": -1}, "greater than or equal to 0"),
+        ({"text": "hello"}, 'for an encoder "text" and "label"'),
+        ({"prompt": "hi", "answer": "yes"}, 'it takes lines of {"text": ..., "label": ...}'),
+    ],
+)
+def test_text_that_a_classifier_cannot_answer_is_refused(
+    line: dict[str, object], message: str, encoders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps(line))
+    with pytest.raises(OptionError, match=re.escape(message)):
+        compress(*encoders, tmp_path / "out", evaluate=tmp_path / "text.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_has_no_classes(base: Path, tmp_path: Path) -> None:
+    fine = save(fine_tuned(tiny_llama()), tmp_path / "fine", vocab=64)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "hello", "label": 0}))
+    with pytest.raises(OptionError, match="has label 0, but LlamaForCausalLM has 0 classes"):
+        compress(base, fine, tmp_path / "out", evaluate=tmp_path / "text.jsonl")
+
+
+def test_the_profile_of_an_encoder_reaches_its_layers_and_no_head(encoders: tuple[Path, Path], tmp_path: Path) -> None:
+    """So a fine-tune with a head of its own is dropped by the inputs' strength, under the base's names."""
+    base = open_checkpoint(encoders[0])
+    profile = profile_for(base, "fingerprint", None, None)
+    reached = {name for name in base.names if name.endswith("weight") and len(base.shape(name)) == 2}
+    assert set(profile.vector_of) == {name for name in reached if "embeddings" not in name}
