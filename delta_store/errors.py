@@ -22,6 +22,7 @@ DeltaServeError
 │   └── UploadIncomplete
 ├── AccessError                who asks may not, or not now (``headers`` go with the answer)
 │   ├── KeyRefused             no API key, or one that is unknown or revoked
+│   ├── KeyNotFound
 │   ├── NotPermitted           the key's role or models do not allow it
 │   ├── RequestLimitReached    too many requests in a minute, or at once
 │   └── TokenLimitReached      too many tokens in a minute
@@ -132,6 +133,10 @@ class AccessError(DeltaServeError):
 
 class KeyRefused(AccessError):
     """No API key, or one that is unknown or revoked."""
+
+
+class KeyNotFound(AccessError):
+    """No key has this id."""
 
 
 class NotPermitted(AccessError):

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from deltaserve.delta_store.errors import DeltaServeError
+from deltaserve.server.commands import keys
 from deltaserve.server.version import installed_version
 
 COMMANDS = ("compress", "inspect", "merge", "serve", "push", "list", "remove", "bench")
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 for _name in COMMANDS:
     app.command(_name)(import_module(f"deltaserve.server.commands.{_name}").command)
+app.add_typer(keys.app, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

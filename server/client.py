@@ -1,5 +1,6 @@
 """The command line's way to a running server: its errors are DeltaServeErrors, one line each."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -14,14 +15,20 @@ Url = Annotated[str, typer.Option(help="Address of the server, with or without /
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "DELTASERVE_API_KEY"
 TIMEOUT = httpx.Timeout(30, read=600, write=600)
 
 
 @contextmanager
 def connected(url: str) -> Iterator[httpx.Client]:
-    """A client of the server at ``url``; what fails on the way becomes a DeltaServeError."""
+    """A client of the server at ``url``, with the key in DELTASERVE_API_KEY if there is one.
+
+    What fails on the way becomes a DeltaServeError.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=TIMEOUT) as client:
+        with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=TIMEOUT, headers=headers) as client:
             yield client
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DeltaServeError(f"No answer from {url} ({error}); is `deltaserve serve` running there?") from error

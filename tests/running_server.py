@@ -40,11 +40,11 @@ class Running:
         return self.app.state.settings.folder
 
     def files(self) -> set[str]:
-        """Every file of the store but the registry's, relative to it."""
+        """Every file of the store but the databases, relative to it."""
         return {
             str(path.relative_to(self.store))
             for path in self.store.rglob("*")
-            if path.is_file() and not path.name.startswith("registry")
+            if path.is_file() and ".sqlite3" not in path.name
         }
 
 

@@ -9,6 +9,7 @@ from tiny_models import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from deltaserve.delta_store.errors import ContextTooLong, GenerationFailed, QueueFull
+from deltaserve.server.engine.reports import EngineState, Reports
 from deltaserve.server.engine.requests import Finished, FinishReason, Sampling, Token, Version
 from deltaserve.server.engine.stream import Event, Stream, post
 
@@ -40,6 +41,14 @@ class Submitted:
     reason: FinishReason | None = None
 
 
+class NothingPinned:
+    """What the routes ask of a bank."""
+
+    pinned: frozenset[str] = frozenset()
+
+    def unpin(self, name: str) -> None: ...
+
+
 class ScriptedEngine:
     """``script(prompt, version, sampling)`` answers a request; ``submitted`` is what arrived, and what became of it."""
 
@@ -57,6 +66,7 @@ class ScriptedEngine:
         self._turns = asyncio.Semaphore(max_running)
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = False
+        self.bank = NothingPinned()
 
     @property
     def live(self) -> int:
@@ -72,8 +82,17 @@ class ScriptedEngine:
     def ready(self) -> bool:
         return self._running and self.failure is None
 
+    def watch(self, reports: Reports) -> None:
+        """What happens here is in ``submitted``."""
+
+    def state(self) -> EngineState:
+        return EngineState(running=self.live)
+
     def forget(self, digest: str) -> None:
         """There is nothing to let go of: no variant's weights are here."""
+
+    def tier(self, digest: str) -> str:
+        return "store"
 
     async def submit(self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling) -> Stream:
         if self.refusal:

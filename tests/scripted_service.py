@@ -61,9 +61,9 @@ class Service:
 
 
 @contextmanager
-def serving(folder: Path, engine: ScriptedEngine) -> Iterator[Service]:
-    """The application with ``engine``, on a free port."""
-    app = create_app(Settings(base="base", store=folder), engine)
+def serving(folder: Path, engine: ScriptedEngine, **settings: object) -> Iterator[Service]:
+    """The application with ``engine``, on a free port of loopback."""
+    app = create_app(Settings(base="base", store=folder, **settings), engine)
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_level="info", timeout_graceful_shutdown=1)
     )

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.errors import KeyNotFound, OptionError
 from deltaserve.delta_store.sqlite_file import SqliteFile
 
 Role = Literal["infer", "admin"]
@@ -125,7 +125,7 @@ class KeyStore:
         matches = hmac.compare_digest(digest(text), expected)
         return key if matches and key is not None and key.revoked is None else None
 
-    def keys(self) -> list[Key]:
+    def listed(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
         self._refresh()
         return [key for key, _ in self._keys.values()]
@@ -136,15 +136,15 @@ class KeyStore:
         return bool(self._keys)
 
     def revoke(self, key_id: str) -> Key:
-        """Let the key open nothing from now on. Raises OptionError for an unknown id."""
+        """Let the key open nothing from now on. Raises KeyNotFound."""
         with self._file.transaction() as run:
             changed = run.execute(
                 "UPDATE keys SET revoked = COALESCE(revoked, ?) WHERE id = ?", (time.time(), key_id)
             ).rowcount
         if not changed:
-            raise OptionError(f"There is no key {key_id!r}; its id is the part between 'sk-' and the next '-'")
+            raise KeyNotFound(f"There is no key {key_id!r}; its id is the part between 'sk-' and the next '-'")
         self._changes += 1
-        return next(key for key in self.keys() if key.id == key_id)
+        return next(key for key in self.listed() if key.id == key_id)
 
     def variant_limits(self) -> dict[str, Limits]:
         """The limits of variants that have some of their own, by name."""

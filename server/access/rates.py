@@ -12,8 +12,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
+
+from starlette.concurrency import run_in_threadpool
 
 from deltaserve.delta_store.errors import AccessError, RequestLimitReached, TokenLimitReached
 from deltaserve.server.access.counters import MINUTE, Counters, Room
@@ -37,7 +40,7 @@ class Subject:
 
 
 class Rates:
-    """Lets requests in and counts them. Calls may block for as long as the storage needs. Raises OptionError."""
+    """Lets requests in and counts them. Raises OptionError for a storage that there is not."""
 
     def __init__(self, storage: str = MEMORY) -> None:
         self.is_shared = storage != MEMORY
@@ -45,15 +48,50 @@ class Rates:
         self._own = Counters(MEMORY) if self.is_shared else self._shared
         self._retry_at = 0.0
         self._running: Counter[str] = Counter()
+        self._running_lock = threading.Lock()
         self._owed: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._afterwards = ThreadPoolExecutor(1, "limits")
 
-    def enter(self, subjects: Sequence[Subject], tokens: int) -> dict[str, str]:
+    async def enter(self, subjects: Sequence[Subject], tokens: int) -> dict[str, str]:
         """Count a request with a prompt of so many tokens for all ``subjects``, or for none; returns OpenAI's headers.
 
         Whoever entered leaves. Raises RequestLimitReached, TokenLimitReached.
         """
+        if not self.is_shared:
+            return self._enter(subjects, tokens)
+        entered: list[dict[str, str]] = []
+        try:
+            await run_in_threadpool(lambda: entered.append(self._enter(subjects, tokens)))
+        except BaseException:  # a client that left meanwhile: its request was counted all the same
+            if entered:
+                self.leave(subjects, 0)
+            raise
+        return entered[0]
 
+    def leave(self, subjects: Sequence[Subject], tokens: int) -> None:
+        """The request is over; its answer has so many tokens. Returns at once."""
+
+        def count(counters: Counters) -> None:
+            for subject in subjects:
+                if subject.limits.tokens is not None:
+                    self._take(counters, subject.id, subject.limits.tokens, tokens)
+
+        with self._running_lock:
+            for subject in subjects:
+                self._running[subject.id] -= 1
+                if not self._running[subject.id]:
+                    del self._running[subject.id]
+        if self.is_shared:
+            self._afterwards.submit(self._with_counters, count)
+        else:
+            self._with_counters(count)
+
+    def close(self) -> None:
+        """Count what is still to be counted."""
+        self._afterwards.shutdown()
+
+    def _enter(self, subjects: Sequence[Subject], tokens: int) -> dict[str, str]:
         def enter(counters: Counters) -> dict[str, str]:
             rooms = [room for subject in subjects for room in self._check(counters, subject, tokens)]
             for subject in subjects:
@@ -61,23 +99,11 @@ class Rates:
                     counters.count_request(subject.id, subject.limits.requests)
                 if subject.limits.tokens is not None:
                     self._take(counters, subject.id, subject.limits.tokens, tokens)
-            self._running.update(subject.id for subject in subjects)
+            with self._running_lock:
+                self._running.update(subject.id for subject in subjects)
             return headers([(kind, Room(r.limit, r.remaining - used, r.reset_s)) for kind, r, used in rooms])
 
         return self._with_counters(enter)
-
-    def leave(self, subjects: Sequence[Subject], tokens: int) -> None:
-        """The request is over; its answer has so many tokens."""
-
-        def leave(counters: Counters) -> None:
-            for subject in subjects:
-                if subject.limits.tokens is not None:
-                    self._take(counters, subject.id, subject.limits.tokens, tokens)
-
-        with self._lock:
-            self._running.subtract(subject.id for subject in subjects)
-            self._running += Counter()  # drops zeros
-        self._with_counters(leave)
 
     def _with_counters(self, work: Callable[[Counters], T]) -> T:
         with self._lock:

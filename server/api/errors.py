@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,7 @@ TABLE: dict[type[errors.DeltaServeError], tuple[int, str, str | None]] = {
     errors.BaseMismatch: (409, INVALID, "base_mismatch"),
     errors.ProfileMissing: (409, INVALID, "profile_missing"),
     errors.OptionError: (400, INVALID, "invalid_value"),
+    errors.ToleranceMissed: (400, INVALID, "tolerance_missed"),
     errors.RegistryError: (500, SERVER, "registry_error"),
     errors.VariantNotFound: (404, INVALID, "model_not_found"),
     errors.VersionNotFound: (404, INVALID, "version_not_found"),
@@ -40,6 +42,7 @@ TABLE: dict[type[errors.DeltaServeError], tuple[int, str, str | None]] = {
     errors.UploadIncomplete: (400, INVALID, "upload_incomplete"),
     errors.AccessError: (403, INVALID, "insufficient_permissions"),
     errors.KeyRefused: (401, INVALID, "invalid_api_key"),
+    errors.KeyNotFound: (404, INVALID, "key_not_found"),
     errors.NotPermitted: (403, INVALID, "insufficient_permissions"),
     errors.RequestLimitReached: (429, "requests", "rate_limit_exceeded"),
     errors.TokenLimitReached: (429, "tokens", "rate_limit_exceeded"),
@@ -96,11 +99,19 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, body(str(error), kind, code, param or getattr(error, "param", None))
 
 
+def answer(
+    request: Request, status: int, content: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The answer to a request that failed; its code goes to the log and the metrics too."""
+    request.state.error_code = content["error"]["code"]
+    return JSONResponse(content, status, headers)
+
+
 async def answer_known(request: Request, error: Exception) -> Response:
     """A failure of our own error tree."""
     status, content = described(error)
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
-    return JSONResponse(content, status, headers | getattr(error, "headers", {}))
+    return answer(request, status, content, headers | getattr(error, "headers", {}))
 
 
 async def answer_invalid(request: Request, error: Exception) -> Response:
@@ -111,13 +122,13 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
     kind, param = complaint["type"], field_name(complaint["loc"])
     if kind == "json_invalid":
         reason = complaint["ctx"]["error"]
-        return JSONResponse(body(f"The body is not valid JSON: {reason}", INVALID, VALIDATION_CODES[kind]), 400)
+        return answer(request, 400, body(f"The body is not valid JSON: {reason}", INVALID, VALIDATION_CODES[kind]))
     if param is None:
         message = "The body must be a JSON object whose names are text, sent with 'Content-Type: application/json'"
-        return JSONResponse(body(message, INVALID, "invalid_body"), 400)
+        return answer(request, 400, body(message, INVALID, "invalid_body"))
     said = VALIDATION_MESSAGES.get(kind) or SUBJECT.sub("", complaint["msg"])
     message = f"{param!r} {said}"
-    return JSONResponse(body(message, INVALID, VALIDATION_CODES.get(kind, "invalid_value"), param), 400)
+    return answer(request, 400, body(message, INVALID, VALIDATION_CODES.get(kind, "invalid_value"), param))
 
 
 def field_name(location: tuple[int | str, ...]) -> str | None:
@@ -135,9 +146,9 @@ async def answer_http(request: Request, error: Exception) -> Response:
     status = error.status_code
     message = f"{error.detail}: {request.method} {request.url.path}"
     kind = INVALID if status < 500 else SERVER
-    return JSONResponse(body(message, kind, HTTP_CODES.get(status)), status, error.headers)
+    return answer(request, status, body(message, kind, HTTP_CODES.get(status)), error.headers)
 
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
     """A failure that nobody foresaw; the ASGI server logs its trace."""
-    return JSONResponse(body(UNEXPECTED, SERVER, "internal_error"), 500, {"x-request-id": request_id.get()})
+    return answer(request, 500, body(UNEXPECTED, SERVER, "internal_error"), {"x-request-id": request_id.get()})

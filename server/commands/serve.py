@@ -1,6 +1,5 @@
 """``deltaserve serve``: load the base and answer over HTTP. Every setting is a flag."""
 
-import logging
 import signal
 import socket
 import sys
@@ -25,8 +24,10 @@ def command(**flags: Any) -> None:
 
     from deltaserve.server.api.kinds import is_encoder
     from deltaserve.server.app import create_app
+    from deltaserve.server.draining import DrainingServer
+    from deltaserve.server.logs import configure
 
-    class Server(uvicorn.Server):
+    class Server(DrainingServer):
         """Says how to ask it, once it can be asked."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -34,18 +35,19 @@ def command(**flags: Any) -> None:
             if self.started:
                 typer.echo(curl_line(settings, listener.getsockname()[1], encoder=is_encoder(app.state.engine)))
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
+    configure(settings.log_level, settings.log_format)
     with bound(settings.host, settings.port) as listener:
         app = create_app(settings)
         config = uvicorn.Config(
             app,
             http="h11",  # httptools answers a body longer than its Content-Length before the application can
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=30,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,  # for what is left once DrainingServer has waited
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit(0))  # uvicorn raises it again once all is shut down
-        Server(config).run(sockets=[listener])
+        Server(config, app).run(sockets=[listener])
 
 
 def flag(name: str) -> Parameter:

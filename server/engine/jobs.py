@@ -43,5 +43,7 @@ class Job:
         stopped = bool(generated) and generated[-1] in self.chooser.stop_ids
         count = len(generated) - stopped
         reason: FinishReason = "cancelled" if self.cancelled else "stop" if stopped or self.chooser.ended else "length"
-        queued_s = None if self.began is None else self.began - self.arrived
-        return Finished(reason, len(self.prompt), count, self.cached_tokens, queued_s)
+        if self.began is None:
+            return Finished(reason, len(self.prompt), count, self.cached_tokens)
+        queued_s, ran_s = self.began - self.arrived, perf_counter() - self.began
+        return Finished(reason, len(self.prompt), count, self.cached_tokens, queued_s, ran_s)

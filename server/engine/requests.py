@@ -56,7 +56,7 @@ class Token:
 class Finished:
     """The last event of a request that was not failed. An end-of-sequence token is not delivered as a ``Token``.
 
-    ``queued_s``: how long it waited for its first step, None if it had none.
+    ``queued_s`` and ``ran_s``: how long it waited for its first step, and from that to its end; None if it had none.
     """
 
     reason: FinishReason
@@ -64,3 +64,4 @@ class Finished:
     completion_tokens: int
     cached_tokens: int = 0
     queued_s: float | None = None
+    ran_s: float | None = None
