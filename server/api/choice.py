@@ -1,8 +1,9 @@
 """One choice of an answer: the engine's tokens in, pieces of text out, cut at stop strings."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from deltaserve.delta_store.errors import GenerationFailed
 from deltaserve.server.api.detokenise import Detokeniser, TokenBytes
@@ -12,10 +13,13 @@ from deltaserve.server.engine.requests import Finished, Token
 
 
 class TokenStream(Protocol):
-    """What the engine gives for one submitted request. ``finished`` is there when the iteration has ended."""
+    """What the engine gives for one submitted request. ``finished`` is there when the iteration has ended; ``times``
+    are when the tokens came, on ``perf_counter``."""
 
     @property
     def finished(self) -> Finished | None: ...
+    @property
+    def times(self) -> Sequence[float]: ...
     def __aiter__(self) -> "TokenStream": ...
     async def __anext__(self) -> Token: ...
     def cancel(self) -> None: ...
@@ -36,7 +40,10 @@ class Piece:
 
 
 class Choice:
-    """One choice as it is generated. ``completion_tokens`` counts the tokens that were taken from the engine."""
+    """One choice as it is generated. ``completion_tokens`` counts the tokens that were taken from the engine.
+
+    ``outcome`` is its finish reason, ``error`` if it failed, and ``abort`` as long as it has not ended otherwise.
+    """
 
     def __init__(self, stream: TokenStream, token_bytes: TokenBytes, stops: Sequence[str], continues: bool) -> None:
         self._stream = stream
@@ -46,6 +53,17 @@ class Choice:
         self._waiting: list[tuple[Token, int]] = []
         self._reason: FinishReason | None = None
         self.completion_tokens = 0
+        self.outcome: Literal["stop", "length", "error", "abort"] = "abort"
+
+    @property
+    def finished(self) -> Finished | None:
+        """How the engine says that it ended, once it has."""
+        return self._stream.finished
+
+    @property
+    def times(self) -> Sequence[float]:
+        """When its tokens came, on ``perf_counter``."""
+        return self._stream.times
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -66,6 +84,9 @@ class Choice:
                 token = await anext(self._stream)
             except StopAsyncIteration:
                 return self._last_piece()
+            except Exception:
+                self.outcome = "error"
+                raise
             if piece := self._take(token):
                 return piece
         return None
@@ -88,6 +109,7 @@ class Choice:
     def _last_piece(self) -> Piece:
         finished = self._stream.finished
         if finished is None or finished.reason == "cancelled":
+            self.outcome = "error"
             raise GenerationFailed("The server stopped this request before it was finished; send it again")
         released = self._stops.finish()
         return self._piece(released, "stop" if self._stops.matched else finished.reason)
@@ -96,6 +118,7 @@ class Choice:
         tokens, offsets = zip(*self._waiting, strict=True) if self._waiting else ((), ())
         self._waiting = []
         self._reason = reason
+        self.outcome = reason or self.outcome
         return Piece(text, tokens, offsets, reason)
 
 
@@ -104,6 +127,7 @@ class NoTokens:
 
     def __init__(self, prompt_tokens: int) -> None:
         self.finished = Finished("length", prompt_tokens, 0)
+        self.times = array("d")
 
     def __aiter__(self) -> "NoTokens":
         return self
