@@ -333,7 +333,8 @@ def goal(name: str, value: float, limit: float, better: str, unit: str) -> dict[
 
 def setup_row(args: argparse.Namespace) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    arguments = ["FINE_TUNES", "--repeats", str(args.repeats), "--texts", *map(str, args.texts)]
+    arguments = ["FINE_TUNES", "--repeats", str(args.repeats), "--held-out", str(args.held_out)]
+    arguments += ["--requests", str(args.requests), "--texts", *map(str, args.texts)]
     return {
         "row": "setup",
         "machine": platform.machine(),
