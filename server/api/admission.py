@@ -11,6 +11,7 @@ from deltaserve.server.api.merge import merged
 from deltaserve.server.api.responses import PromptDetails, Usage
 from deltaserve.server.api.schemas import ChatRequest, CompletionRequest, Generation
 from deltaserve.server.api.served import Served
+from deltaserve.server.engine.grammar import Grammar
 from deltaserve.server.engine.requests import Sampling
 
 # Dividing logits by less than this overflows float16; the answer is the greedy one long before.
@@ -62,6 +63,7 @@ async def admit(
     prompts: Sequence[Sequence[int]],
     body: ChatRequest | CompletionRequest,
     default_limit: int | None,
+    grammar: Grammar | None = None,
 ) -> Answer:
     """Submit ``body.n`` requests for each prompt: all of them, or none.
 
@@ -76,7 +78,7 @@ async def admit(
     try:
         for ids, most in zip(prompts, limits, strict=True):
             for index in range(body.n):
-                stream = await submitted(engine, served, ids, sampling(body, most, index))
+                stream = await submitted(engine, served, ids, sampling(body, most, index, grammar))
                 choices.append(Choice(stream, served.tokeniser.token_bytes, body.stop, body.continues))
     except BaseException:
         for choice in choices:
@@ -129,7 +131,7 @@ def room_for(prompt_tokens: int, context: int, limit: int | None, field: str) ->
     return room if limit is None else min(limit, room)
 
 
-def sampling(body: ChatRequest | CompletionRequest, most: int, index: int) -> Sampling:
+def sampling(body: ChatRequest | CompletionRequest, most: int, index: int, grammar: Grammar | None = None) -> Sampling:
     """How choice number ``index`` of a prompt is drawn."""
     if body.min_tokens > most:
         raise RequestRefused(
@@ -150,6 +152,7 @@ def sampling(body: ChatRequest | CompletionRequest, most: int, index: int) -> Sa
         logprobs=body.alternatives,
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
+        grammar=grammar,
     )
 
 

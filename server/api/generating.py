@@ -43,7 +43,9 @@ async def _generate(
     served = await resolve(state, body.model)
     with served.held as holding:
         ids = await run_in_threadpool(prompts, body, served.tokeniser)
-        answer = await admit(state.engine, served, ids, body, state.settings.default_max_tokens)
+        grammar = await run_in_threadpool(body.grammar, served.tokeniser.grammars)
+        most = state.settings.default_max_tokens
+        answer = await admit(state.engine, served, ids, body, most, grammar)
         holding.callback(answer.cancel)
         if not body.stream:
             content = (await whole(body, answer)).model_dump_json()

@@ -7,6 +7,9 @@ from pydantic_core import PydanticCustomError
 
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.server.api.fields import MAX_CHOICES, Between, Biases, Body, Prompts, Stops, Text, only
+from deltaserve.server.api.structured import ResponseFormat, StructuredOutputs
+from deltaserve.server.api.tools import Named, Tool, ToolCall, ToolChoice, Tools, calls_grammar, check_tools
+from deltaserve.server.engine.grammar import Grammar, Grammars
 
 INT64 = 2**63
 ANY_COUNT = 2**53
@@ -20,7 +23,7 @@ class StreamOptions(Body):
 
 
 class Generation(Body):
-    """The fields that both generating routes share; the last five are vLLM's extensions."""
+    """The fields that both generating routes share; the last six are vLLM's extensions."""
 
     model: Text
     n: Annotated[int, Between(1, MAX_CHOICES)] = 1
@@ -34,13 +37,18 @@ class Generation(Body):
     max_tokens: Annotated[int, Between(0, ANY_COUNT)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Text | None = Field(None, description="Accepted; deltaserve does nothing with it")
+    user: Text | None = Field(None, description="One user gets one version of a split variant")
 
     top_k: Annotated[int, Between(-1, ANY_COUNT)] = 0
     min_p: Annotated[float, Between(0, 1)] = 0.0
     repetition_penalty: Annotated[float, Between(0.1, 10)] = 1.0
     min_tokens: Annotated[int, Between(0, ANY_COUNT)] = 0
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
+
+    def grammar(self, grammars: Grammars) -> Grammar | None:
+        """What the answer must follow. Compiling takes a while. Raises RequestRefused that names field and fault."""
+        return None if self.structured_outputs is None else self.structured_outputs.grammar(grammars)
 
     @property
     def token_limit(self) -> int | None:
@@ -76,11 +84,12 @@ Content = Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_ty
 class Message(Body):
     """One turn of a conversation. An answer's message can be sent back as it came."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Content | None, Field(validate_default=True)] = None
     name: Text | None = None
     refusal: Annotated[Any, only("")] = None
-    tool_calls: Annotated[Any, only([])] = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_call_id: Text | None = None
     function_call: Annotated[Any, only()] = None
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
@@ -97,6 +106,14 @@ class Message(Body):
             raise PydanticCustomError("missing", "is required")
         return content
 
+    @model_validator(mode="after")
+    def _calls_and_results_where_they_belong(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise RequestRefused("'tool_calls' belongs to messages of the assistant", "messages")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise RequestRefused("'tool_call_id' belongs to messages with role 'tool', and to each of them", "messages")
+        return self
+
 
 class ChatRequest(Generation):
     """The body of ``POST /v1/chat/completions``."""
@@ -110,12 +127,12 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Between(0, 20)] | None = None
 
-    tools: Annotated[Any, only([])] = None
-    tool_choice: Annotated[Any, only("none")] = None
-    parallel_tool_calls: Annotated[Any, only(True, False)] = None
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none")] = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
     modalities: Annotated[Any, only(["text"])] = None
     audio: Annotated[Any, only()] = None
     prediction: Annotated[Any, only()] = None
@@ -135,9 +152,37 @@ class ChatRequest(Generation):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> str | Named:
+        """``tool_choice``, ``auto`` where the client does not say."""
+        return "auto" if self.tool_choice is None else self.tool_choice
+
+    def grammar(self, grammars: Grammars) -> Grammar | None:
+        """As in Generation."""
+        if self.callable_tools:
+            return calls_grammar(grammars, self.tools, self.must_call, self.parallel_tool_calls)
+        if self.response_format is not None and self.structured_outputs is None:
+            return self.response_format.grammar(grammars)
+        return super().grammar(grammars)
+
+    @property
     def alternatives(self) -> int | None:
         """How many likely tokens to name beside each one; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _one_form_of_answer(self) -> Self:
+        check_tools(self.tools, self.tool_choice)
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        forms = {"tools": bool(self.callable_tools), "response_format": formatted}
+        forms["structured_outputs"] = self.structured_outputs is not None
+        if len(given := [name for name, is_given in forms.items() if is_given]) > 1:
+            raise RequestRefused(f"{' and '.join(map(repr, given))} are not supported together; send one", given[-1])
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -15,6 +15,8 @@ from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.errors import RequestRefused, UnsupportedArtifact
 from deltaserve.delta_store.variant_files import VARIANT_FILES
 from deltaserve.server.api.detokenise import TokenBytes
+from deltaserve.server.api.tools_prompt import in_words, knows_tools
+from deltaserve.server.engine.grammar import Grammars
 
 KEPT = 64
 TEMPLATE_FILE = "chat_template.jinja"
@@ -32,6 +34,7 @@ class Tokeniser:
         self._backend.no_padding()
         self.token_bytes = TokenBytes(self._backend, frozenset(tokenizer.all_special_ids))
         self.vocabulary = len(tokenizer)
+        self.grammars = Grammars(tokenizer)
 
     def ids(self, text: str, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` adds what the tokenizer puts around a text."""
@@ -43,15 +46,20 @@ class Tokeniser:
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation that the assistant is to answer.
+    def conversation(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of a conversation that the assistant is to answer, with the functions that it may call.
 
         Raises RequestRefused if there is no chat template, or if the template refuses these messages.
         """
         if not self._tokenizer.chat_template:
             raise RequestRefused("This model has no chat template; use /v1/completions", "messages")
+        turns, shown = [dict(message) for message in messages], [dict(tool) for tool in tools]
+        if not knows_tools(self._tokenizer.chat_template):
+            turns, shown = in_words(turns, shown), []
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                turns, tools=shown or None, tokenize=False, add_generation_prompt=True
+            )
         except (TemplateError, ValueError, TypeError) as error:
             raise RequestRefused(f"The model's chat template refuses these messages: {error}", "messages") from error
         return self.ids(text, special=False)

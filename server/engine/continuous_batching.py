@@ -186,6 +186,9 @@ class Processor(api.ContinuousBatchProcessor):
             elif not job.cancelled and token.token_id not in job.chooser.stop_ids:
                 tokens.append((job.stream, token))
         post(tokens)
+        for job in (job for job, token in chosen if isinstance(token, Token) and job.chooser.ended):
+            self.cancelled.append(job.id)
+            self.router.close(job.id)
         super().update_batch()
         self.finished_steps += 1
 

@@ -28,13 +28,24 @@ class Chooser:
         self.generated: list[int] = []
         self._prompt = frozenset(prompt) if sampling.repetition_penalty != 1 else frozenset()
         self._counts: Counter[int] = Counter()
+        self._path = sampling.grammar.begin() if sampling.grammar is not None else None
         self._generator = torch.Generator()
         self._generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
 
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token is the answer and nothing else is asked."""
-        return self.sampling.temperature == 0 and self.sampling.logprobs is None and not self._adjusts
+        return (
+            self._path is None
+            and self.sampling.temperature == 0
+            and self.sampling.logprobs is None
+            and not self._adjusts
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether its grammar leaves nothing to add."""
+        return self._path is not None and self._path.ended
 
     @property
     def _adjusts(self) -> bool:
@@ -49,7 +60,11 @@ class Chooser:
     def choose(self, logits: Tensor) -> Token:
         """The next token, from float32 ``[vocabulary]``."""
         adjusted = self._adjust(logits) if self._adjusts else logits
+        if self._path is not None:
+            adjusted = self._path.allowed(adjusted, self.stop_ids)
         token = int(adjusted.argmax()) if self.sampling.temperature == 0 else self._draw(adjusted)
+        if self._path is not None and token not in self.stop_ids:
+            self._path.take(token)
         return _with_logprobs(token, logits, self.sampling.logprobs)
 
     def note(self, token: int) -> None:
