@@ -94,10 +94,7 @@ def test_e_parameters_out_of_bounds(service: Any) -> None:
 
 
 NOT_THERE = [
-    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-    (CHAT, "tool_choice", "auto"),
     (CHAT, "functions", [{"name": "f"}]),
-    (CHAT, "response_format", {"type": "json_object"}),
     (CHAT, "audio", {"voice": "alloy", "format": "wav"}),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "prediction", {"type": "content", "content": "x"}),
@@ -131,7 +128,9 @@ def test_an_unknown_field_is_refused_by_name(service: Any, route: str, value: An
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x"}, "messages[0].role"),
+        ({"role": "robot", "content": "x"}, "messages[0].role"),
+        ({"role": "tool", "content": "x"}, "messages"),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0].type",
@@ -139,7 +138,7 @@ def test_an_unknown_field_is_refused_by_name(service: Any, route: str, value: An
         ({"role": "user"}, "messages[0].content"),
         ({"role": "user", "content": None}, "messages[0].content"),
         ({"role": "user", "content": 5}, "messages[0].content"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0].function"),
         ({"role": "user", "content": "x", "mood": "sad"}, "messages[0].mood"),
         ("hi", "messages[0]"),
     ],
