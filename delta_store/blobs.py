@@ -32,7 +32,7 @@ class BlobStore:
         self._incoming = root / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
         for folder in self._incoming.iterdir():
-            with _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as abandoned:
+            with lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as abandoned:
                 if abandoned:
                     shutil.rmtree(folder)
 
@@ -41,6 +41,14 @@ class BlobStore:
         if not DIGEST.fullmatch(digest):
             raise OptionError(f"{digest!r} is not a SHA-256 digest: give 64 hexadecimal digits in lower case")
         return self.root / digest
+
+    def has(self, digest: str) -> bool:
+        """Whether the blob can be held."""
+        return self.path(digest).exists()
+
+    def fetched(self, digest: str) -> Path:
+        """Where the blob is, or would be; brought here first from wherever else it is kept."""
+        return self.path(digest)
 
     def digests(self) -> set[str]:
         """Every blob that is there."""
@@ -51,7 +59,7 @@ class BlobStore:
         """A folder for one write, in the blobs' own file system; gone with all that is in it when the block ends."""
         folder = Path(tempfile.mkdtemp(dir=self._incoming))
         try:
-            with _lock(folder, fcntl.LOCK_SH):
+            with lock(folder, fcntl.LOCK_SH):
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +77,7 @@ class BlobStore:
                 if not path.exists() or digest_of(path) != digest:
                     file.replace(path)
                     sync(self.root)
-                held.enter_context(_lock(path, fcntl.LOCK_SH))
+                held.enter_context(lock(path, fcntl.LOCK_SH))
             yield path
 
     @contextmanager
@@ -78,7 +86,7 @@ class BlobStore:
 
         Raises CorruptArtifact if its file is not there.
         """
-        with _lock(self.path(digest), fcntl.LOCK_SH) as there:
+        with lock(self.path(digest), fcntl.LOCK_SH) as there:
             if not there:
                 raise CorruptArtifact(f"The file of version {digest} is missing from the store; upload it again")
             yield self.path(digest)
@@ -87,7 +95,7 @@ class BlobStore:
         """Remove the blobs that ``needed`` does not list and nobody holds; returns how many were removed."""
         removed = 0
         for digest in self.digests() - needed():
-            with self._naming(), _lock(self.path(digest), fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
+            with self._naming(), lock(self.path(digest), fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
                 # Asked again under the lock: whoever registers a blob holds it until the registry lists it.
                 if free and digest not in needed():
                     self.path(digest).unlink()
@@ -96,7 +104,7 @@ class BlobStore:
 
     def _naming(self) -> AbstractContextManager[bool]:
         """One thread of one process at a time gives or takes names."""
-        return _lock(self._incoming, fcntl.LOCK_EX)
+        return lock(self._incoming, fcntl.LOCK_EX)
 
 
 class HashingFile:
@@ -125,6 +133,17 @@ class HashingFile:
         self._file.close()
 
 
+def open_blobs(root: Path, url: str | None, part: str) -> BlobStore:
+    """The store of one kind of blob: the local folder, or ``url``/``part`` with the folder as its cache."""
+    if url is None:
+        return BlobStore(root)
+    try:
+        from deltaserve.delta_store.object_blobs import ObjectBlobs
+    except ModuleNotFoundError as error:
+        raise OptionError("An object store needs the package obstore: pip install 'deltaserve[blobs]'") from error
+    return ObjectBlobs(root, f"{url.rstrip('/')}/{part}")
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
@@ -132,7 +151,7 @@ def digest_of(path: Path) -> str:
 
 
 @contextmanager
-def _lock(path: Path, kind: int) -> Iterator[bool]:
+def lock(path: Path, kind: int) -> Iterator[bool]:
     """Lock a file or folder while the block runs; False if it is not there, or with LOCK_NB, if it is locked."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

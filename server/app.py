@@ -9,19 +9,23 @@ from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from deltaserve.delta_store.blobs import BlobStore
+from deltaserve.delta_store.blobs import BlobStore, open_blobs
 from deltaserve.delta_store.checkpoint import open_checkpoint
-from deltaserve.delta_store.registry.sqlite import SqliteRegistry
+from deltaserve.delta_store.registry.open import open_registry
+from deltaserve.server import operating
 from deltaserve.server.api import (
     chat,
     classify,
     completions,
     embeddings,
     errors,
+    keys,
     models,
     operations,
     profiles,
+    usage,
     variants,
+    versions,
 )
 from deltaserve.server.api.tokenisers import Tokenisers
 from deltaserve.server.settings import Settings
@@ -37,19 +41,35 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
 
     ``app.state`` has ``settings``, ``engine`` (started while the application runs), ``registry``, ``blobs``
     (artifacts), ``profiles`` (activation profiles, a BlobStore from which nothing is removed), ``tokenisers`` and
-    ``examinations``, which lets one upload at a time have the processor. Raises the DeltaServeError that stands in the
-    way of serving.
+    ``examinations``, which lets one upload at a time have the processor; operating.py adds more. Raises the
+    DeltaServeError that stands in the way of serving.
     """
     app = FastAPI(title="deltaserve", version=installed_version(), lifespan=_lifespan)
     app.state.settings = settings
-    app.state.blobs = BlobStore(settings.folder / "blobs")
-    app.state.profiles = BlobStore(settings.folder / "profiles")
-    app.state.registry = SqliteRegistry(settings.folder / "registry.sqlite3")
+    operating.install(app, settings)
+    app.state.blobs = open_blobs(settings.folder / "blobs", settings.blobs, "blobs")
+    app.state.profiles = open_blobs(settings.folder / "profiles", settings.blobs, "profiles")
+    app.state.registry = open_registry(
+        settings.registry, settings.folder / "registry.sqlite3", settings.registry_prefix
+    )
     app.state.blobs.sweep(app.state.registry.digests)
     app.state.engine = engine or load_engine(settings, app.state.profiles)
     app.state.tokenisers = Tokenisers(app.state.engine.tokenizer)
+    app.state.engine.watch(app.state.metrics)
     errors.install(app)
-    for module in (chat, completions, embeddings, classify, models, operations, profiles, variants):
+    for module in (
+        chat,
+        completions,
+        embeddings,
+        classify,
+        models,
+        operations,
+        keys,
+        usage,
+        profiles,
+        versions,
+        variants,
+    ):
         app.include_router(module.router)
     return app
 
@@ -62,6 +82,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await run_in_threadpool(app.state.engine.stop)
+        await run_in_threadpool(operating.close, app)
         app.state.registry.close()
 
 
@@ -73,5 +94,5 @@ def load_engine(settings: Settings, profiles: BlobStore) -> "Engine | EncoderEng
     if open_checkpoint(settings.base).architecture.is_encoder:
         from deltaserve.server.engine.encoder import EncoderEngine
 
-        return EncoderEngine(settings.base, limits=limits, profile_path=profiles.path)
-    return Engine(settings.base, limits=limits, profile_path=profiles.path)
+        return EncoderEngine(settings.base, limits=limits, profile_path=profiles.fetched)
+    return Engine(settings.base, limits=limits, profile_path=profiles.fetched)

@@ -36,7 +36,7 @@ def examine(file: Path, engine: "Engine", base: str, profiles: BlobStore) -> Rec
         artifact = open_artifact(file)
         fit = engine.check_fits(artifact)
         check_profile(artifact.manifest.profile, profiles)
-        loader = ArtifactLoader(open_checkpoint(base), engine.fingerprint, profiles.path)
+        loader = ArtifactLoader(open_checkpoint(base), engine.fingerprint, profiles.fetched)
         for some in portions(artifact):
             deque(loader.deltas(some), maxlen=0)  # keeps none of them, as a tensor keeps its file mapped
     return Receipt(
@@ -72,7 +72,7 @@ def told_of_the_upload(file: Path) -> Iterator[None]:
 
 def check_profile(digest: str | None, profiles: BlobStore) -> None:
     """Raise ProfileMissing for a profile that an artifact names and nobody sent yet."""
-    if digest is not None and not profiles.path(digest).exists():
+    if digest is not None and not profiles.fetched(digest).exists():
         raise ProfileMissing(how_to_send(digest), digest)
 
 

@@ -19,6 +19,15 @@ class Settings(BaseSettings):
 
     base: str = Field(min_length=1, description="Base model: a folder, a GGUF file, or org/name with a hub in reach")
     store: Path = Field(Path("~/.local/share/deltaserve"), description="Folder of registry, artifacts and profiles")
+    registry: str = Field(
+        "sqlite",
+        description="Where variants are registered: sqlite, in the store; or redis://HOST:PORT/DB, for replicas",
+    )
+    registry_prefix: str = Field("deltaserve", min_length=1, description="Beginning of all keys in Redis")
+    blobs: str | None = Field(
+        None,
+        description="Object store of artifacts and profiles, as s3://BUCKET/PREFIX; only in the store if not given",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     served_name: str | None = Field(None, description="Model id of the base; the last part of its path if not given")

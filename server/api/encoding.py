@@ -24,7 +24,7 @@ class EncodingRequest(Body):
 
     model: Text
     input: Inputs
-    user: Text | None = Field(None, description="Accepted; deltaserve does nothing with it")
+    user: Text | None = Field(None, description="One user gets one version of a split variant")
 
 
 class EncodingUsage(BaseModel):
@@ -54,7 +54,7 @@ async def _encode(request: Request, body: Asked, ask: Ask[Asked, Outcome], write
     state: State = request.app.state
     check_encodes(state)
     state.visits.check(request, body.model)
-    served = await resolve(state, body.model)
+    served = await resolve(state, body.model, body.user)
     with served.held as holding:
         ids = await run_in_threadpool(_ids, body, served.tokeniser)
         visit = holding.enter_context(await state.visits.enter(request, served.name, sum(map(len, ids))))

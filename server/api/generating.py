@@ -40,7 +40,7 @@ async def _generate(
 ) -> Response:
     """The version is held and its requests run until the answer is over: a stream's end comes after this function's."""
     check_generates(state)
-    served = await resolve(state, body.model)
+    served = await resolve(state, body.model, body.user)
     with served.held as holding:
         ids = await run_in_threadpool(prompts, body, served.tokeniser)
         grammar = await run_in_threadpool(body.grammar, served.tokeniser.grammars)

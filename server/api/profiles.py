@@ -48,7 +48,7 @@ async def put_profile(digest: Digest, request: Request) -> ProfileReceipt:
 @router.get("/{digest}", response_class=FileResponse)
 def get_profile(digest: Digest, request: Request) -> Response:
     """The profile's file."""
-    path = request.app.state.profiles.path(digest)
+    path = request.app.state.profiles.fetched(digest)
     if not path.exists():
         return JSONResponse(errors.body(how_to_send(digest), errors.INVALID, "profile_not_found", "digest"), 404)
     return FileResponse(path, media_type="application/octet-stream")

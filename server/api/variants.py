@@ -19,6 +19,9 @@ from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_file, receive_form
 from deltaserve.server.examination import examine, told_of_the_upload
 
+ACTIONS = ("versions", "rollback", "split", "alias", "pin", "prefetch")
+"""Last parts of addresses below a variant's own (versions.py)."""
+
 router = APIRouter(prefix="/v1/variants", tags=["variants"], responses=ERRORS)
 
 
@@ -124,6 +127,8 @@ def delete_variant(name: str, request: Request) -> VariantRemoved:
 
 def check_free(name: str, state: State) -> None:
     """Raise InvalidName for a name that no variant can have here."""
+    if name.rpartition("/")[2] in ACTIONS and "/" in name:
+        raise InvalidName(f"{name!r} ends in what the API calls an action; give the variant another name")
     if check_name(name) == state.settings.base_name:
         raise InvalidName(f"{name!r} is the base's own id; give the variant another name")
 
