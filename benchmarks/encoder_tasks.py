@@ -1,0 +1,157 @@
+"""Four sentiment tasks on one encoder: accuracy after compression: ``python benchmarks/encoder_tasks.py FOLDER``.
+
+FOLDER holds the fine-tunes of all-MiniLM-L6-v2 that deploy/demo/encoder.py makes, by task. Each setting is compressed
+with three seeds; the artifact is read back and classifies 500 texts of the test split (all where there are fewer)
+beside the full fine-tune, in float32. Writes results/encoder_tasks.jsonl row by row, and a plot; an interrupted run
+goes on where it stopped.
+"""
+
+import argparse
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from evidence import Row, Rows, goal
+from torch import Tensor
+from tqdm import tqdm
+
+from corpora import SNIPPETS, Labelled, labelled  # isort: skip
+from encoder import encoded, encoder_folder  # isort: skip
+from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.codec.artifact import open_artifact
+from deltaserve.delta_store.compress import compress
+from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
+from deltaserve.delta_store.profile import profile_of
+from deltaserve.delta_store.pruning.options import Value
+from deltaserve.delta_store.quality import full_model, merged_model
+from deltaserve.delta_store.text import tokenizer_of
+
+SEEDS = (0, 1, 2)
+TEST_TEXTS = 500
+AT_ONCE = 64
+SETTINGS: dict[str, tuple[str, dict[str, Value]]] = {
+    "weighted p=0.95 V=1 int2, rank 2": ("weighted", {"drop": 0.95, "block": 1, "codec": "int2", "rank": 2}),
+    "weighted p=0.98 V=16 int2, rank 4": ("weighted", {"drop": 0.98, "block": 16, "codec": "int2", "rank": 4}),
+    "dare p=0.99 V=1 bf16, rank 4": ("dare", {"drop": 0.99, "block": 1, "codec": "bf16", "rank": 4}),
+}
+RATIO, POINTS = 150, 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = Rows("encoder_tasks", "python benchmarks/encoder_tasks.py FOLDER")
+    tasks = [Task(task, args.folder / task) for task in reversed(SNIPPETS)]  # the largest last
+    for task in tasks:
+        rows.once({"row": "fine-tune", "task": task.name}, task.about)
+    for setting in args.settings:
+        method, options = SETTINGS[setting]
+        for task in tqdm(tasks, desc=setting):
+            for seed in SEEDS:
+                key = {"row": "setting", "task": task.name, "setting": setting, "seed": seed}
+                rows.once(key, partial(task.measure, method, {**options, "seed": seed}))
+    rows.end(goals(rows.rows))
+    plot(rows)
+
+
+class Task:
+    """A fine-tune and its test texts, with the full fine-tune's log-probabilities of them."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.base: Checkpoint = open_checkpoint(encoder_folder())
+        self.fine_tune: FineTune = open_fine_tune(folder, self.base)
+        self.texts = labelled(name)["test"][:TEST_TEXTS]
+        self.tokenizer = tokenizer_of(self.base.folder)
+        self.wanted = predictions(full_model(self.base, self.fine_tune), self.tokenizer, self.texts)
+        self.labels = torch.tensor([example.label for example in self.texts])
+
+    def about(self) -> Row:
+        changes = [change.read() for change in self.fine_tune.changes() if ".layer." in change.name]
+        matrices = [(d.fine - d.base).double() for d in changes if d.base.dim() == 2]
+        squares, count = sum(m.square().sum().item() for m in matrices), sum(m.numel() for m in matrices)
+        return {
+            "test_texts": len(self.texts),
+            "train_texts": len(labelled(self.name)["train"]),
+            "majority": max(self.labels.double().mean().item(), 1 - self.labels.double().mean().item()),
+            "accuracy": self.accuracy(self.wanted),
+            "delta_std": (squares / count) ** 0.5,
+            "parameters": self.fine_tune.parameters,
+        }
+
+    def accuracy(self, scores: Tensor) -> float:
+        return (scores.argmax(1) == self.labels).double().mean().item()
+
+    def measure(self, method: str, options: dict[str, Value]) -> Row:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "artifact.safetensors"
+            receipt = compress(self.base.folder, self.folder, file, method=method, options=options)
+            artifact = open_artifact(file)
+            model = merged_model(self.base, artifact, profile_of(artifact))
+        given = predictions(model, self.tokenizer, self.texts)
+        return {
+            "bytes": receipt.size_bytes,
+            "ratio": receipt.ratio,
+            "kl": (self.wanted.exp() * (self.wanted - given)).sum(1).mean().item(),
+            "agreement": (self.wanted.argmax(1) == given.argmax(1)).double().mean().item(),
+            "accuracy": self.accuracy(given),
+            "points_lost": 100 * (self.accuracy(self.wanted) - self.accuracy(given)),
+        }
+
+
+@torch.inference_mode()
+def predictions(model: Any, tokenizer: Any, texts: list[Labelled]) -> Tensor:
+    """float32 ``[texts, labels]``: log-probabilities of the classes."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].text))
+    scores = torch.empty(len(texts), model.config.num_labels)
+    for i in range(0, len(order), AT_ONCE):
+        batch = order[i : i + AT_ONCE]
+        logits = model(**encoded(tokenizer, [texts[j].text for j in batch])).logits
+        scores[batch] = logits.float().log_softmax(-1)
+    return scores
+
+
+def goals(rows: list[Row]) -> list[Row]:
+    """For each task the setting of at least ``RATIO`` that loses least: its median over the seeds, and its worst."""
+    found = []
+    for task in SNIPPETS:
+        lost: dict[str, list[float]] = {}
+        for row in rows:
+            if row["row"] == "setting" and row["task"] == task and row["ratio"] >= RATIO:
+                lost.setdefault(row["setting"], []).append(row["points_lost"])
+        if not lost:
+            continue
+        best = min(lost, key=lambda setting: statistics.median(lost[setting]))
+        name = f"{task}: accuracy lost at {RATIO} times smaller or more"
+        more = {"setting": best, "seeds": len(lost[best]), "worst": max(lost[best])}
+        found.append(goal(name, statistics.median(lost[best]), POINTS, "lower", "points", **more))
+    return found
+
+
+def plot(rows: Rows) -> None:
+    """Ratio against points lost: a panel a task."""
+    figure, panels = plt.subplots(1, len(SNIPPETS), figsize=(3.4 * len(SNIPPETS), 3.6), sharey=True)
+    for panel, task in zip(panels, SNIPPETS, strict=True):
+        for setting in SETTINGS:
+            points = [r for r in rows.rows if r.get("task") == task and r.get("setting") == setting]
+            panel.plot([r["ratio"] for r in points], [r["points_lost"] for r in points], "o", label=setting)
+        panel.axhline(POINTS, color="grey", linewidth=0.8)
+        panel.axvline(RATIO, color="grey", linewidth=0.8)
+        panel.set(title=task, xlabel="times smaller, whole variant")
+    panels[0].set_ylabel("accuracy lost, points")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.savefig(rows.path.with_suffix(".png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main()
