@@ -110,7 +110,7 @@ def answer(
 async def answer_known(request: Request, error: Exception) -> Response:
     """A failure of our own error tree."""
     status, content = described(error)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
     return answer(request, status, content, headers | getattr(error, "headers", {}))
 
 

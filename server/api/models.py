@@ -17,15 +17,17 @@ STARTED = int(time.time())
 
 @router.get("/v1/models", response_model=ModelList)
 async def list_models(request: Request) -> ModelList:
-    """The base, then the variants that can be asked now, by name."""
-    state = request.app.state
-    return ModelList(data=[base_model(state), *await run_in_threadpool(_variants, state)])
+    """The base, then the variants that can be asked now, by name: those that the key may use."""
+    state, key = request.app.state, request.state.key
+    models = [base_model(state), *await run_in_threadpool(_variants, state)]
+    return ModelList(data=[model for model in models if key is None or key.may_use(model.id)])
 
 
 @router.get("/v1/models/{name:path}", response_model=Model)
 async def retrieve_model(name: str, request: Request) -> Model:
     """One of them."""
     state = request.app.state
+    state.visits.check(request, name)
     return base_model(state) if name == state.settings.base_name else await run_in_threadpool(_variant, state, name)
 
 
