@@ -2,10 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from deltaserve.delta_store.errors import OptionError
 
@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     upload_idle_seconds: PositiveFloat = Field(30.0, description="Longest pause of an upload before it is refused")
     bank_bytes: PositiveInt = Field(2**30, description="Memory for the decoded deltas of loaded variants, in bytes")
     bank_slots: PositiveInt = Field(64, description="Most variants in memory at once")
+    host_bytes: PositiveInt = Field(2**32, description="Artifacts that stay open on the host, in bytes of their files")
+    pin: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Variants to load before the server is ready and to keep in memory, as NAME,NAME"
+    )
     cache_tokens: PositiveInt = Field(16384, description="Tokens that the key-value cache holds, all requests together")
     context: PositiveInt | None = Field(
         None, description="Longest prompt and answer, in tokens; the model's if not given"
@@ -95,6 +99,11 @@ class Settings(BaseSettings):
         30.0, description="Longest time that running requests may take to finish once the server is told to stop"
     )
 
+    @field_validator("pin", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
     @property
     def base_name(self) -> str:
         """The model id under which the base is served."""
@@ -113,7 +122,7 @@ def load(flags: dict[str, Any] | None = None) -> Settings:
     """
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(os.environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+        if name.upper().startswith(PREFIX) and name.upper() not in (*known, PREFIX + "API_KEY"):  # the clients' own
             raise OptionError(f"Unknown setting {name} in the environment; known are {', '.join(known)}")
     try:
         return Settings(**{name: value for name, value in (flags or {}).items() if value is not None})

@@ -31,24 +31,29 @@ async def generate(
 
     ``prompts`` runs off the event loop. A client that leaves cancels the work.
     """
-    generating = _generate(request.app.state, body, prompts, whole, chunks)
+    generating = _generate(request, body, prompts, whole, chunks)
     return await while_connected(request.receive, generating) or Response(status_code=CLIENT_LEFT)
 
 
 async def _generate(
-    state: State, body: Asked, prompts: Prompts[Asked], whole: Whole[Asked], chunks: Chunks[Asked]
+    request: Request, body: Asked, prompts: Prompts[Asked], whole: Whole[Asked], chunks: Chunks[Asked]
 ) -> Response:
     """The version is held and its requests run until the answer is over: a stream's end comes after this function's."""
+    state: State = request.app.state
     check_generates(state)
+    state.visits.check(request, body.model)
     served = await resolve(state, body.model, body.user)
     with served.held as holding:
         ids = await run_in_threadpool(prompts, body, served.tokeniser)
         grammar = await run_in_threadpool(body.grammar, served.tokeniser.grammars)
+        visit = await state.visits.enter(request, served.name, sum(map(len, ids)), body.token_limit)
+        holding.push(visit)
         most = state.settings.default_max_tokens
-        answer = await admit(state.engine, served, ids, body, most, grammar)
+        answer = visit.answer = await admit(state.engine, served, ids, body, most, grammar)
+        headers = served.headers | visit.headers
         holding.callback(answer.cancel)
         if not body.stream:
             content = (await whole(body, answer)).model_dump_json()
-            return Response(content, media_type="application/json", headers=served.headers)
+            return Response(content, media_type="application/json", headers=headers)
         release = holding.pop_all().close
-    return await EventStream.started(chunks(body, answer), release, served.headers)
+    return await EventStream.started(chunks(body, answer), release, headers)
