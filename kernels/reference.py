@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from deltaserve.kernels.codes import decode
+from deltaserve.kernels.decoder import Block, Heads, Norm, Step
 from deltaserve.kernels.layers import Layers
+from deltaserve.kernels.paged import attend
 from deltaserve.kernels.parts import Delta, Dense, LowRank, Part, Rows, Sparse
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight
@@ -246,3 +249,37 @@ def swap_out_all_(weights: Sequence[Tensor], tokens: Sequence[SwapToken]) -> Non
     """Put back what ``swap_in_all_`` overwrote in the same weights."""
     for weight, token in zip(weights, tokens, strict=True):
         swap_out_(weight, token)
+
+
+class Decoder:
+    """Blocks of a model, one after the other; a backend's ``decoder`` computes the same."""
+
+    def __init__(self, blocks: Sequence[Block], heads: Heads) -> None:
+        self._blocks, self._heads = blocks, heads
+
+    def run(self, x: Tensor, step: Step) -> None:
+        """``x`` float32 ``[rows, n]`` through all blocks, in place."""
+        for block, (keys, values) in zip(self._blocks, step.cache, strict=True):
+            x += self._attention(_normed(block.attention_norm, x, step), block, keys, values, step)
+            gate, up = linear(_normed(block.mlp_norm, x, step), block.gate_and_up, step.segments)
+            x += linear(silu(gate) * up, block.down, step.segments)[0]
+
+    def _attention(self, x: Tensor, block: Block, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        width = self._heads.width
+        query, key, value = (y.view(len(x), -1, width) for y in linear(x, block.input, step.segments))
+        keys[step.writes], values[step.writes] = _turned(key, step), value
+        attended = attend(_turned(query, step), keys, values, step.pages, self._heads.scale)
+        return linear(attended.flatten(1), block.output, step.segments)[0]
+
+
+def _normed(norm: Norm, x: Tensor, step: Step) -> Tensor:
+    table = norm.weight[None] if step.places is None else norm.table
+    return rms_norm(x, table, step.places, norm.epsilon, norm.offset)
+
+
+def _turned(x: Tensor, step: Step) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * step.cosines[:, None] + torch.cat((-high, low), -1) * step.sines[:, None]
+
+
+decoder = Decoder

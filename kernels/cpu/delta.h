@@ -97,6 +97,9 @@ struct Tile {
     float* inputs[MAX_PARTS];
 };
 
+struct Attention;
+struct Pages;
+
 struct Operations {
     const char* name;
     int32_t lanes; // widest tile that this instruction set's registers hold
@@ -119,6 +122,13 @@ struct Operations {
     // weight[rows of block] += sparse; what stood there goes to saved [rows, K]
     void (*swap_in)(const Matrix& weight, const Part&, int64_t block, void* saved, float* scratch);
     void (*swap_out)(const Matrix& weight, const Part&, int64_t block, const void* saved);
+    // attention (attend.h): a row's query over some keys; shares put together, one after the other; the row's result
+    void (*attend)(const Attention&, const Pages&, int64_t row, int64_t from, const float* query, float* partial, float* scratch);
+    void (*merge)(const Attention&, float* partial, float* total);
+    void (*finish)(const Attention&, float* total, float* out);
+    void (*rotate)(const float* cosines, const float* sines, int64_t heads, int64_t width, float* x);
+    // gate [n] = silu(gate) * up
+    void (*gate_by_silu)(const float* up, int64_t n, float* gate);
 };
 
 extern const Operations operations_portable;

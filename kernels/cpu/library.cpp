@@ -1,6 +1,7 @@
 // The C interface of the CPU kernels; Python reaches it through ctypes (library.py). A call covers one layer, or several that
 // share their input, and the whole batch. It checks everything before it writes anything; after that it cannot fail.
 #include "batch.h"
+#include "decoder.h"
 #include "linear.h"
 #include "workspace.h"
 
@@ -93,7 +94,7 @@ template <class Run> int32_t caught(Run run) {
 using namespace deltaserve;
 
 // Raised whenever a signature or struct changes; library.py refuses to load a library of another version.
-DELTASERVE_API int deltaserve_abi_version() { return 5; }
+DELTASERVE_API int deltaserve_abi_version() { return 6; }
 
 // The operations for an instruction set, or nullptr where this machine or this build has it not.
 DELTASERVE_API const void* deltaserve_operations(const char* name) {
@@ -150,6 +151,22 @@ DELTASERVE_API int32_t deltaserve_rms_norm(const void* operations, float* y, con
                 own.rms_norm(x + head * width, table + (places ? places[row] : 0) * width, width, epsilon, offset, y + head * width);
     });
     return int32_t(Error::none);
+}
+
+// queries, out [rows, heads * head_width]
+DELTASERVE_API int32_t deltaserve_attend(const void* operations, const Attention* attention, const Pages* pages,
+                                         const float* queries, float* out, int64_t rows) {
+    return caught([&] {
+        if (Error error = check(*attention, *pages, rows); error != Error::none) return error;
+        attend(*static_cast<const Operations*>(operations), *attention, *pages, queries, out, rows);
+        return Error::none;
+    });
+}
+
+// x [rows, width] through the blocks, in place
+DELTASERVE_API int32_t deltaserve_decode(const void* operations, const Block* blocks, int64_t count, const Step* step, float* x,
+                                         int64_t rows) {
+    return caught([&] { return decode(*static_cast<const Operations*>(operations), blocks, count, *step, x, rows); });
 }
 
 DELTASERVE_API int32_t deltaserve_swap(const void* operations, const Swap* swaps, int64_t count, int32_t in) {

@@ -10,7 +10,7 @@ from typing import Any
 # Before the library, which uses OpenMP: its libgomp.so.1 is then torch's own, already loaded, and the process has one.
 import torch  # noqa: F401
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 """Fastest first."""
 
@@ -45,6 +45,8 @@ def library() -> ctypes.CDLL:
     loaded.deltaserve_rms_norm.argtypes = [
         *(pointer, pointer, pointer, count, count, count, pointer, count, pointer, number, number)
     ]
+    loaded.deltaserve_attend.argtypes = [pointer, pointer, pointer, pointer, pointer, count]
+    loaded.deltaserve_decode.argtypes = [pointer, pointer, count, pointer, pointer, count]
     loaded.deltaserve_swap.argtypes = [c_void_p, c_void_p, c_int64, c_int32]
     return loaded
 

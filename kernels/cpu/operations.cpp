@@ -11,7 +11,6 @@
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #define DELTASERVE_ROWS 8
-#define DELTASERVE_NATIVE 8
 #include "simd_avx2.h"
 #else
 #if defined(__ARM_NEON)
@@ -28,6 +27,7 @@
 #include "lines.h"
 #include "low_rank.h"
 #include "product.h"
+#include "attend.h"
 
 namespace deltaserve {
 namespace {
@@ -352,6 +352,7 @@ constexpr int LANES = DELTASERVE_ROWS == 16 ? 16 : 8;
 
 const Operations DELTASERVE_TABLE(DELTASERVE_ISA) = {
     DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, product, add_panel, add, rms_norm, widen, embed, swap_in, swap_out,
+    attend, merge, finish, rotate, gate_by_silu,
 };
 
 } // namespace deltaserve

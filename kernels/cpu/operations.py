@@ -1,7 +1,7 @@
 """The operations in C++: one call a layer for the whole batch, whatever the number of its variants."""
 
 from collections.abc import Callable, Sequence
-from ctypes import Array
+from ctypes import Array, byref
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels import reference
+from deltaserve.kernels.cpu.decoder import CACHE_CODECS, CpuDecoder, attention_struct, pages_struct
 from deltaserve.kernels.cpu.layers import WEIGHT_CODECS, Layers, Slots
 from deltaserve.kernels.cpu.layout import MatrixStruct, Prepared, SwapStruct, prepare
 from deltaserve.kernels.cpu.library import library, operations
 from deltaserve.kernels.cpu.products import Choice, Product, choose, packed, plain, product_for, with_copy
+from deltaserve.kernels.decoder import Block, Heads
+from deltaserve.kernels.paged import Pages
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight
@@ -25,7 +28,8 @@ _ERRORS = {
     3: "x is not as wide as a delta of this batch",
     4: "y has not the width of a delta of this batch",
     5: "An id is outside of its variant's vocabulary",
-    7: "The delta has not the weight's shape",
+    7: "The delta has not the weight's shape, or layers do not fit together",
+    8: "A row's keys, or the place for its own, are outside of the cache",
 }
 
 
@@ -52,6 +56,8 @@ class CpuBackend:
         self._embedding = library().deltaserve_embedding
         self._swap = library().deltaserve_swap
         self._rms_norm = library().deltaserve_rms_norm
+        self._attend = library().deltaserve_attend
+        self._decode = library().deltaserve_decode
         self._choices: dict[Any, Choice] = {}
 
     prepare = staticmethod(prepare)
@@ -176,6 +182,31 @@ class CpuBackend:
         if error:
             raise _exception(error)
         return y
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, pages: Pages, scale: float) -> Tensor:
+        """``softmax(query . keys * scale) @ values`` of each row, as ``paged.attend``; the cache is read in place."""
+        if keys.dtype not in CACHE_CODECS:
+            return reference.attend(query, keys, values, pages, scale)
+        heads = Heads(query.shape[1], keys.shape[1], query.shape[2], scale)
+        queries = query.float().contiguous()
+        out, rows = torch.empty_like(queries), len(queries)
+        attention, tables = attention_struct(keys, values, heads), pages_struct(pages, rows)
+        error = self._attend(
+            self._operations, byref(attention), byref(tables), queries.data_ptr(), out.data_ptr(), rows
+        )
+        if error:
+            raise _exception(error)
+        return out.to(query.dtype)
+
+    def decoder(self, blocks: Sequence[Block], heads: Heads) -> CpuDecoder | None:
+        """Blocks of a model for one call; None where the kernels' own product cannot read their weights."""
+
+        def decode(*arguments: Any) -> None:
+            if error := self._decode(self._operations, *arguments):
+                raise _exception(error)
+
+        layers = [one for b in blocks for one in (b.input, b.output, b.gate_and_up, b.down)]
+        return CpuDecoder(decode, blocks, heads) if all(one.whole is not None for one in layers) else None
 
     def swap_in_(self, weight: Tensor, delta: Delta | Prepared) -> SwapToken:
         """``weight += delta`` in place, rounded once; returns what ``swap_out_`` needs. ``weight`` is contiguous."""

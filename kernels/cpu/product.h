@@ -16,7 +16,7 @@ constexpr int64_t X_BYTES = 256 << 10; // rows of x that share a pass over some 
 #if DELTASERVE_ROWS == 16
 constexpr int FEW_R = 8, FEW_T = 3, SOME_R = 4, SOME_T = 4, MANY_R = 8, MANY_T = 3;
 #elif DELTASERVE_ROWS == 8
-constexpr int FEW_R = 4, FEW_T = 1, SOME_R = 2, SOME_T = 2, MANY_R = 2, MANY_T = 2;
+constexpr int FEW_R = 4, FEW_T = 1, SOME_R = 2, SOME_T = 3, MANY_R = 2, MANY_T = 3;
 #else
 constexpr int FEW_R = 2, FEW_T = 1, SOME_R = 1, SOME_T = 2, MANY_R = 1, MANY_T = 2;
 #endif

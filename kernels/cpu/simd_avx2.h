@@ -1,19 +1,82 @@
-// Decoding and gathering with AVX2; the arithmetic is simd_generic.h's.
+// The vectors of simd_generic.h in AVX2: 16 floats are two registers, by name, because arrays of them would not stay in
+// registers.
 #pragma once
 
-#include "simd_generic.h"
+#include "delta.h"
 
+#include <cstring>
 #include <immintrin.h>
 
 namespace deltaserve {
 namespace {
 
-inline F16 pair(__m256 low, __m256 high) {
-    F16 r;
-    r.v[0] = low;
-    r.v[1] = high;
-    return r;
+struct F16 {
+    static constexpr int lanes = 16;
+    __m256 low, high;
+};
+struct F8 {
+    static constexpr int lanes = 8;
+    __m256 v;
+};
+
+template <class F> inline F load(const float* p);
+template <> inline F16 load<F16>(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+template <> inline F8 load<F8>(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, F16 a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
 }
+inline void store(float* p, F8 a) { _mm256_storeu_ps(p, a.v); }
+template <class F> inline F broadcast(float value);
+template <> inline F16 broadcast<F16>(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+template <> inline F8 broadcast<F8>(float value) { return {_mm256_set1_ps(value)}; }
+template <class F> inline F zero() { return broadcast<F>(0); }
+inline F16 multiply(F16 a, F16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline F8 add(F8 a, F8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F16 fused(F16 a, F16 b, F16 c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
+inline F8 fused(F8 a, F8 b, F8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 maximum(F16 a, F16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline F16 minimum(F16 a, F16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline F16 divide(F16 a, F16 b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline F16 times_power(F16 a, F16 n) {
+    auto half = [](__m256 x, __m256 power) {
+        const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23);
+        return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
+    };
+    return {half(a.low, n.low), half(a.high, n.high)};
+}
+inline F16 blend(int n, F16 a, F16 b) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    auto half = [lane](int most, __m256 x, __m256 y) {
+        return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(most), lane)));
+    };
+    return {half(n, a.low, b.low), half(n - 8, a.high, b.high)};
+}
+
+template <int V> inline void add_sums(F16 a, float* y) {
+    const __m256 eight = _mm256_add_ps(a.low, a.high);
+    if constexpr (V == 8) return _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), eight));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    if constexpr (V == 4) return _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(y), four));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    *y += _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// sums of the lanes of four vectors, by transposition
+inline __m128 sum_four(F16 a, F16 b, F16 c, F16 d) {
+    auto pair = [](F16 x, F16 z) { return _mm256_hadd_ps(_mm256_add_ps(x.low, x.high), _mm256_add_ps(z.low, z.high)); };
+    const __m256 all = _mm256_hadd_ps(pair(a, b), pair(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+// y[r] = sum of the lanes of a[r], always in the same order
+template <int R> inline void sum_lanes(const F16 (&a)[R], float* y) {
+    int r = 0;
+    for (; r + 4 <= R; r += 4) _mm_storeu_ps(y + r, sum_four(a[r], a[r + 1], a[r + 2], a[r + 3]));
+    for (; r < R; ++r) y[r] = _mm_cvtss_f32(sum_four(a[r], a[r], a[r], a[r]));
+}
+
+inline F16 pair(__m256 low, __m256 high) { return {low, high}; }
 inline F16 from_bytes(__m128i bytes) {
     return pair(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))));
@@ -50,7 +113,7 @@ template <Codec C> inline F16 decode(const uint8_t* p) {
         };
         return pair(half(p[0]), half(p[1]));
     } else {
-        return decode_generic<C>(p);
+        return load<F16>(reinterpret_cast<const float*>(p));
     }
 }
 

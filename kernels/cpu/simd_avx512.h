@@ -32,6 +32,10 @@ inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F8 add(F8 a, F8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F16 fused(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F8 fused(F8 a, F8 b, F8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 maximum(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 minimum(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F16 divide(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F16 times_power(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline F16 blend(int n, F16 a, F16 b) { return {_mm512_mask_blend_ps(__mmask16((1u << n) - 1), b.v, a.v)}; }
 
 template <int V> inline void add_sums(F16 a, float* y) {

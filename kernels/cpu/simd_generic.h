@@ -46,6 +46,29 @@ template <int N> inline Floats<N> fused(Floats<N> a, Floats<N> b, Floats<N> c) {
     for (int i = 0; i < a.count; ++i) c.v[i] += a.v[i] * b.v[i];
     return c;
 }
+inline F16 maximum(F16 a, F16 b) {
+    for (int i = 0; i < a.count; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline F16 minimum(F16 a, F16 b) {
+    for (int i = 0; i < a.count; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline F16 divide(F16 a, F16 b) {
+    for (int i = 0; i < a.count; ++i) a.v[i] /= b.v[i];
+    return a;
+}
+// a * 2^n for whole n from -126 to 127
+inline F16 times_power(F16 a, F16 n) {
+    typedef int32_t Whole __attribute__((vector_size(sizeof(Native))));
+    for (int i = 0; i < a.count; ++i) {
+        const Whole bits = (__builtin_convertvector(n.v[i], Whole) + 127) << 23;
+        Native power;
+        memcpy(&power, &bits, sizeof power);
+        a.v[i] *= power;
+    }
+    return a;
+}
 // lanes below n from a, the others from b
 inline F16 blend(int n, F16 a, F16 b) {
     typedef int32_t Mask __attribute__((vector_size(sizeof(Native))));

@@ -11,6 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from deltaserve.server.engine.paging import Paged
+
 NAME = "deltaserve"
 
 GROWTH, SLACK = 1.5, 32
@@ -123,13 +125,19 @@ def attend(
     *,
     scaling: float | None = None,
     spans: Spans | None = None,
+    paged: Paged | None = None,
+    stored: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers' models call it; without ``spans`` it is transformers' sdpa.
+    """An attention function as transformers' models call it; without ``spans`` or ``paged`` it is transformers' sdpa.
 
     ``query`` ``[1, heads, queries, width]``, ``key`` and ``value`` ``[1, key heads, keys, width]`` laid out as
-    ``spans`` says. Returns ``[1, queries, heads, width]``.
+    ``spans`` says; with ``paged`` the queries' own, and ``stored`` is the layer's cache. Returns
+    ``[1, queries, heads, width]``.
     """
+    if paged is not None and stored is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return paged.attend(query, key, value, stored, scale)[None], None
     if spans is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs

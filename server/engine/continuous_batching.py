@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,8 +32,11 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from deltaserve.delta_store.errors import EngineDown, EngineError, GenerationFailed
+from deltaserve.kernels.cpu.operations import CpuBackend
+from deltaserve.kernels.dispatch import Backend
 from deltaserve.server.engine import attention, sampler
 from deltaserve.server.engine.jobs import Job
+from deltaserve.server.engine.paging import Paged, Stored, reader
 from deltaserve.server.engine.policy import Policy
 from deltaserve.server.engine.requests import Token
 from deltaserve.server.engine.routing import Routing
@@ -93,6 +97,41 @@ class SaltedCache(api.PagedAttentionCache):
     """A paged cache whose prefixes are shared only between requests of one version."""
 
     router: Router
+    reader: CpuBackend | None = None
+    """Who reads the pages in place; without one, each layer copies the keys of the whole batch together."""
+
+    def pages_of(self, batch: list[Any]) -> Paged:
+        """Where the requests of this batch find their keys."""
+        allocator = self.cache_allocators["full_attention"]
+        stride, tables = allocator.block_physical_stride, allocator.block_table
+        return Paged(
+            self.reader,
+            self.stored,
+            [torch.tensor(tables[f.state.request_id]) * stride for f in batch],
+            [f.query_length for f in batch],
+            [f.state.position_offset for f in batch],
+            allocator.tokens_per_page,
+        )
+
+    @cached_property
+    def stored(self) -> Stored:
+        views = self.cache_allocators["full_attention"]._kv_token_views
+        return [views[layer] for layer in sorted(views)]
+
+    def extend_read_and_write_indices(
+        self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
+    ) -> None:
+        reads = read_index if self.reader is None else None
+        super().extend_read_and_write_indices(request_id, past_length, query_length, reads, write_index)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values; what is in the cache already stays there."""
+        if "paged" not in kwargs:
+            return super().update(key, value, layer, kwargs)  # type: ignore[no-any-return]  # as the library says
+        kwargs["stored"] = self.stored[layer]
+        for cache, new in zip(kwargs["stored"], (key, value), strict=True):
+            cache.index_copy_(0, kwargs["write_index"][0], new[0].transpose(0, 1))
+        return key, value
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         _salt.set(salt_of(request_id))
@@ -115,6 +154,8 @@ class Runner(ModelRunner):
     def compute_batch(self, model: torch.nn.Module, batch_data: dict[str, Any]) -> None:
         """One step, with the keys laid out as the attention wants them."""
         batch = self.inputs_and_outputs.requests_in_batch
+        if self.cache.reader is not None:
+            return super().compute_batch(model, batch_data | {"paged": self.cache.pages_of(batch)})
         reads = batch_data["read_index"][0]
         gathered = reads.numel() > 0
         spans = attention.Spans.of(
@@ -208,6 +249,7 @@ class Batching(api.ContinuousBatchingManager):
         routing: Routing,
         policy: Policy,
         *,
+        backend: Backend,
         cache_tokens: int,
         batch_tokens: int,
         running: int,
@@ -229,6 +271,7 @@ class Batching(api.ContinuousBatchingManager):
         self._routing, self._policy = routing, policy
         self._cancelled: deque[str] = deque()
         self._stopping = False
+        self._reader = reader(backend, model.device, model.dtype)
         self._taking = threading.Lock()
 
     def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = False) -> None:
@@ -287,6 +330,7 @@ class Batching(api.ContinuousBatchingManager):
             dtype=self.model.dtype,
             model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
         )
+        cache.reader = self._reader
         update_cb_config_after_cache_creation(config, cache.num_blocks, cache.max_batch_tokens)
         scheduler = TakingTurns if self._policy.kind == "swap" else FIFOScheduler
         return Processor(
@@ -354,6 +398,10 @@ class Batching(api.ContinuousBatchingManager):
 
 _SIGNATURES: dict[Callable[..., Any], str] = {
     _unsalted_block_hash: "parent_hash tokens",
+    api.PagedAttentionCache.extend_read_and_write_indices: (
+        "self request_id past_length query_length read_index write_index"
+    ),
+    api.PagedAttentionCache.update: "self key_states value_states layer_idx kwargs",
     api.PagedAttentionCache.search_prefix_match: "self request_id prompt_ids",
     api.PagedAttentionCache.mark_complete_blocks: "self state complete_blocks",
     api.OutputRouter.fail_and_deliver: "self state error",

@@ -117,6 +117,7 @@ class Engine:
             model,
             routing,
             self.policy,
+            backend=self._wrapped.backend,
             cache_tokens=limits.cache_tokens,
             batch_tokens=limits.batch_tokens,
             running=limits.max_running,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from deltaserve.delta_store.errors import UnsupportedArtifact
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta, Sparse
+from deltaserve.server.engine.blocks import stack
 from deltaserve.server.engine.layers import (
     DeltaEmbedding,
     DeltaLayer,
@@ -96,6 +97,7 @@ class WrappedModel:
                 self._layers[f"{name}.{parameter}"] = (module, parameter)
         for family in families:
             unite(family, slots, backend, copies=kept == "packed")
+        self.is_stacked = kept != "packed" and stack(model, routing.body, backend)
         inside = {name: at for name, at in self._layers.items() if at[0].rows is routing.body}
         self.weights = {
             name: layer.own_weight().values

@@ -1,7 +1,7 @@
 // Random deltas, batches and malformed segment tables through the C interface, for the sanitizers (`make sanitize`). Every
 // buffer has exactly its size, so that the address sanitizer sees a read or write one past it; every instruction set must
 // give what the portable code gives. Values themselves are tested against the oracle in test_operations.py.
-#include "../../kernels/cpu/batch.h"
+#include "../../kernels/cpu/decoder.h"
 
 #include <cmath>
 #include <cstdio>
@@ -21,6 +21,8 @@ int32_t deltaserve_linear(const void*, const Layer*, int64_t, void*, int64_t, in
 int32_t deltaserve_embedding(const void*, void*, int64_t, int64_t, int64_t, int32_t, const int64_t*, const Delta* const*,
                              int64_t, const int32_t*, const int32_t*, int64_t);
 int32_t deltaserve_rms_norm(const void*, float*, const float*, int64_t, int64_t, int64_t, const float*, int64_t, const int64_t*, float, float);
+int32_t deltaserve_attend(const void*, const Attention*, const Pages*, const float*, float*, int64_t);
+int32_t deltaserve_decode(const void*, const Block*, int64_t, const Step*, float*, int64_t);
 int32_t deltaserve_swap(const void*, const Swap*, int64_t, int32_t);
 }
 
@@ -224,6 +226,75 @@ void round_of(const std::vector<const void*>& sets) {
     }
 }
 
+// Requests of some keys each in a cache of exactly their pages, and now and then a table that is wrong.
+struct Cached {
+    int64_t tokens = pick<int64_t>({1, 3, 16, 200});
+    std::vector<int64_t> starts, first, lengths, writes;
+    explicit Cached(int64_t rows) {
+        for (int64_t row = 0; row < rows; ++row) {
+            first.push_back(int64_t(starts.size()));
+            lengths.push_back(between(1, pick<int64_t>({4, 40, 300})));
+            for (int64_t page = 0; page < (lengths.back() + tokens - 1) / tokens; ++page) starts.push_back(int64_t(starts.size()) * tokens);
+            writes.push_back(starts[first.back() + (lengths.back() - 1) / tokens] + (lengths.back() - 1) % tokens);
+        }
+    }
+    int64_t rows() const { return int64_t(starts.size()) * tokens; }
+    void spoil() {
+        std::vector<int64_t>& table = *pick({&starts, &first, &lengths, &writes});
+        table[between(0, int64_t(table.size()) - 1)] = pick<int64_t>({INT64_MIN, -1, 0, 1, rows(), INT64_MAX});
+    }
+    Pages pages() const { return {starts.data(), int64_t(starts.size()), first.data(), lengths.data(), tokens}; }
+};
+
+void attention_round(const std::vector<const void*>& sets) {
+    const int64_t rows = between(1, 9), key_heads = between(1, 3), heads = key_heads * between(1, 5), width = 2 * between(1, 40);
+    Cached cached(rows);
+    if (between(0, 3) == 0) cached.spoil();
+    const Pages pages = cached.pages();
+    const std::vector<float> keys = random_floats(cached.rows() * key_heads * width), values = random_floats(keys.size());
+    const std::vector<uint16_t> half(keys.size(), 0x3f80);
+    const std::vector<float> queries = random_floats(rows * heads * width);
+    std::vector<float> expected;
+    for (const void* set : sets) {
+        std::vector<float> out(queries.size());
+        Attention attention{keys.data(), values.data(), cached.rows(), heads, key_heads, width, 0.1f, Codec::float32};
+        deltaserve_attend(set, &attention, &pages, queries.data(), out.data(), rows);
+        if (expected.empty()) expected = out;
+        require_close(out, expected);
+        attention.keys = attention.values = half.data();
+        attention.codec = Codec::bf16;
+        deltaserve_attend(set, &attention, &pages, queries.data(), out.data(), rows);
+    }
+
+    const int64_t hidden = between(1, 70), inner = between(1, 70), slots = 2;
+    const std::vector<const Delta*> none(slots, nullptr);
+    const auto layer = [&](int64_t out, int64_t in, const std::vector<float>& weight) {
+        return Layer{weight.data(), nullptr, nullptr, none.data(), nullptr, slots, out, in, Codec::float32, 0};
+    };
+    const int64_t q = heads * width, k = key_heads * width;
+    const std::vector<float> weights[] = {random_floats(q * hidden), random_floats(k * hidden), random_floats(k * hidden), random_floats(hidden * q),
+                                          random_floats(inner * hidden), random_floats(inner * hidden), random_floats(hidden * inner)};
+    const Layer input[] = {layer(q, hidden, weights[0]), layer(k, hidden, weights[1]), layer(k, hidden, weights[2])};
+    const Layer output = layer(hidden, q, weights[3]), down = layer(hidden, inner, weights[6]);
+    const Layer gate_and_up[] = {layer(inner, hidden, weights[4]), layer(inner, hidden, weights[5])};
+    const std::vector<float> table = random_floats((slots + 1) * hidden), turns = random_floats(2 * rows * width), x = random_floats(rows * hidden);
+    const Norm norm{table.data(), table.data(), slots + 1, 1e-5f, 0};
+    const Block block{norm, norm, input, &output, gate_and_up, &down};
+    std::vector<int64_t> places(rows);
+    for (int64_t& place : places) place = between(0, slots + (between(0, 50) ? 0 : 1)); // seldom one too far
+    expected.clear();
+    for (const void* set : sets) {
+        std::vector<float> own_keys = keys, own_values = values, y = x;
+        void *key_address = own_keys.data(), *value_address = own_values.data();
+        const Attention attention{nullptr, nullptr, cached.rows(), heads, key_heads, width, 0.1f, Codec::float32};
+        const Step step{attention, &key_address, &value_address, pages, cached.writes.data(), turns.data(), turns.data() + rows * width,
+                        places.data(), {nullptr, nullptr, 0}};
+        deltaserve_decode(set, &block, 1, &step, y.data(), rows);
+        if (expected.empty()) expected = y;
+        require_close(y, expected);
+    }
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
@@ -234,6 +305,7 @@ int main(int argc, char** argv) {
     for (int round = 0; round < rounds; ++round) {
         rng.seed(uint32_t(round));
         round_of(sets);
+        attention_round(sets);
     }
     std::printf("%d rounds, %zu instruction sets\n", rounds, sets.size());
 }
