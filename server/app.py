@@ -23,6 +23,7 @@ from deltaserve.server.api import (
     models,
     operations,
     profiles,
+    residency,
     usage,
     variants,
     versions,
@@ -67,6 +68,7 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
         keys,
         usage,
         profiles,
+        residency,
         versions,
         variants,
     ):
@@ -79,6 +81,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.examinations = CapacityLimiter(1)
     app.state.engine.start()
     try:
+        for name in app.state.settings.pin:
+            await residency.keep(app.state, name)
         yield
     finally:
         await run_in_threadpool(app.state.engine.stop)

@@ -1,5 +1,7 @@
 """Which columns a sparse part keeps and what multiplies its survivors, from its specification."""
 
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -8,6 +10,9 @@ from torch import Tensor
 from deltaserve.delta_store.codec.masks import uniform_columns, uniform_factors, weighted_columns
 from deltaserve.delta_store.codec.specs import SparseSpec
 from deltaserve.delta_store.errors import BaseMismatch, ProfileMissing
+
+MASKS_KEPT = 512
+"""Weighted masks remembered, those of one variant and more: the next one pruned with that seed draws nothing."""
 
 
 class ColumnWeights(Protocol):
@@ -22,6 +27,7 @@ class ColumnWeights(Protocol):
 def seeded_columns(spec: SparseSpec, name: str, profile: ColumnWeights | None) -> tuple[Tensor, Tensor]:
     """Columns int32 ``[blocks, kept]`` and factors float32 ``[in]`` of a seeded mask for parameter ``name``.
 
+    Do not write to them: variants that were pruned with one seed get the same tensors.
     Raises ProfileMissing or BaseMismatch where a weighted mask has no profile that fits.
     """
     assert spec.seed is not None
@@ -29,9 +35,23 @@ def seeded_columns(spec: SparseSpec, name: str, profile: ColumnWeights | None) -
     if spec.mask == "uniform":
         columns = uniform_columns(spec.seed, name, spec.blocks, width, spec.kept)
         return columns, (uniform_factors(width, spec.kept).double() * spec.kept / width / spec.divisor).float()
-    weights = _weights(name, width, profile)
-    columns, factors = weighted_columns(weights, spec.seed, name, spec.blocks, spec.kept)
+    columns, factors = _drawn(
+        _Source(profile and profile.digest, profile), spec.seed, name, spec.blocks, width, spec.kept
+    )
     return columns, (factors.double() / spec.divisor).float()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A profile known by its digest."""
+
+    digest: str | None
+    profile: ColumnWeights | None = field(compare=False)
+
+
+@lru_cache(maxsize=MASKS_KEPT)
+def _drawn(source: _Source, seed: int, name: str, blocks: int, width: int, kept: int) -> tuple[Tensor, Tensor]:
+    return weighted_columns(_weights(name, width, source.profile), seed, name, blocks, kept)
 
 
 def explicit_factors(spec: SparseSpec) -> Tensor:

@@ -1,19 +1,24 @@
 """Lay a delta out for the compiled kernels: packed codes stay packed, pointers are taken once.
 
-A line of codes (one block of a sparse part, one row of the others) is padded to whole chunks of 16 values. Where that
-changes nothing, the tensors of the delta are used as they are. Three rare cases are stored as float32 rather than make
+A line of codes (one block of a sparse part, one row of the others) is padded to whole chunks of 16 values. A delta is
+one block of memory that holds its structs and copies of its tensors: of hundreds of variants with hundreds of layers,
+objects would outweigh the numbers, and views would keep whole files mapped. Columns and factors are shared by deltas
+that have the same, as variants pruned with one seed do. Three rare cases are stored as float32 rather than make
 the kernels grow: groups of fewer than 16 values, inputs too wide for 16-bit columns, groups that end inside a column.
 """
 
 import ctypes
 import hashlib
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from collections.abc import Callable
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -28,7 +33,7 @@ CODECS = tuple(BITS)
 _SPARSE, _LOW_RANK, _DENSE, _ROWS = range(4)
 
 
-_FACTORS: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
+_SHARED: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
 
 
 class CodesStruct(Structure):
@@ -87,7 +92,7 @@ class DeltaStruct(Structure):
     _fields_ = (
         ("rows", c_int64),
         ("width", c_int64),
-        ("parts", POINTER(PartStruct)),
+        ("parts", c_void_p),
         ("count", c_int64),
         ("cycles", c_double),
     )
@@ -112,9 +117,17 @@ class SwapStruct(Structure):
     _fields_ = (("weight", MatrixStruct), ("delta", c_void_p), ("saved", c_void_p))
 
 
+_OWNED = {PartStruct: ("ids", "mean"), CodesStruct: ("data", "scales")}
+"""Pointers into a delta's own memory; columns and factors are shared."""
+ALIGNMENT = 8
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A delta in the kernels' layout; ``address`` is its struct's. A vector ``[n]`` is laid out as ``[1, n]``."""
+    """A delta in the kernels' layout; ``address`` is its struct's. A vector ``[n]`` is laid out as ``[1, n]``.
+
+    ``nbytes`` counts columns, also where they are shared, but no factors: those belong to the base's profile.
+    """
 
     shape: tuple[int, ...]
     nbytes: int
@@ -126,15 +139,30 @@ class Prepared:
     _kept: tuple[Any, ...]
 
 
+@dataclass(slots=True, eq=False)
 class _Memory:
-    """Tensors that a struct points into."""
+    """What structs point into: tensors to be copied behind them, and tensors that are shared and stay where they are.
 
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
+    A struct holds an offset into the copies until ``settle``, which turns it into an address.
+    """
 
-    def address(self, tensor: Tensor) -> int:
-        self.tensors.append(tensor)
+    copied: list[Tensor] = field(default_factory=list)
+    shared: list[Tensor] = field(default_factory=list)
+    nbytes: int = 0
+
+    def offset(self, tensor: Tensor) -> int:
+        """Where the copy will be, one more than that: 0 means none."""
+        self.copied.append(tensor)
+        at, self.nbytes = self.nbytes, self.nbytes + _aligned(tensor.nbytes)
+        return at + 1
+
+    def share(self, tensor: Tensor) -> int:
+        self.shared.append(tensor)
         return tensor.data_ptr()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def prepare(delta: Delta) -> Prepared:
@@ -146,17 +174,40 @@ def prepare(delta: Delta) -> Prepared:
     if len(delta.parts) > MAX_PARTS:
         raise ValueError(f"A delta of {len(delta.parts)} parts; the CPU kernels run at most {MAX_PARTS}")
     memory = _Memory()
-    parts = (PartStruct * len(delta.parts))(*(_part(part, rows, width, memory) for part in delta.parts))
-    struct = DeltaStruct(rows, width, parts, len(parts), sum(_cycles(part, rows, width) for part in delta.parts))
+    parts = [_part(part, rows, width, memory) for part in delta.parts]
+    cycles = sum(_cycles(part, rows, width) for part in delta.parts)
+    block = _settle(parts, DeltaStruct(rows, width, None, len(parts), cycles), memory)
     alone = delta.parts[0] if len(delta.parts) == 1 else None
+    columns_bytes = sum(tensor.nbytes for tensor in memory.shared if tensor.dtype != torch.float32)
     return Prepared(
         delta.shape,
-        sum(tensor.nbytes for tensor in memory.tensors),
-        ctypes.addressof(struct),
+        block.nbytes + columns_bytes,
+        block.ctypes.data,
         alone.ids if isinstance(alone, Rows) and alone.mean is None else None,
         (rows, alone.columns.shape[1]) if isinstance(alone, Sparse) else None,
-        (struct, parts, memory),
+        (block, *memory.shared),
     )
+
+
+def _settle(parts: list[PartStruct], struct: DeltaStruct, memory: _Memory) -> NDArray[np.uint8]:
+    """One block of memory: the delta's struct, those of its parts, and the copies that they point at."""
+    size, each = _aligned(ctypes.sizeof(DeltaStruct)), _aligned(ctypes.sizeof(PartStruct))
+    head = size + each * len(parts)
+    block = np.empty(head + memory.nbytes, np.uint8)
+    start = block.ctypes.data
+    struct.parts = start + size
+    ctypes.memmove(start, ctypes.byref(struct), ctypes.sizeof(struct))
+    for i, part in enumerate(parts):
+        for held in (part, part.a, part.b):
+            for name in _OWNED[type(held)]:
+                if offset := getattr(held, name):
+                    setattr(held, name, start + head + offset - 1)
+        ctypes.memmove(start + size + each * i, ctypes.byref(part), ctypes.sizeof(part))
+    at = start + head
+    for tensor in memory.copied:
+        ctypes.memmove(at, tensor.data_ptr(), tensor.nbytes)
+        at += _aligned(tensor.nbytes)
+    return block
 
 
 def _part(part: Part, rows: int, width: int, memory: _Memory) -> PartStruct:
@@ -175,9 +226,7 @@ def _part(part: Part, rows: int, width: int, memory: _Memory) -> PartStruct:
 
 def _sparse(part: Sparse, width: int, memory: _Memory) -> PartStruct:
     kept, block = part.values.shape[1:]
-    _check_columns(part, width, block)
     wide = width > WIDEST_COLUMN
-    columns = pad(part.columns.flatten(), (0, CHUNK)).to(torch.int32 if wide else torch.uint16)
     even = part.factors.numel() == 0 or bool((part.factors == part.factors[0]).all())
     return PartStruct(
         kind=_SPARSE,
@@ -185,16 +234,24 @@ def _sparse(part: Sparse, width: int, memory: _Memory) -> PartStruct:
         wide_columns=wide,
         gain=float(part.factors[0]) if even and part.factors.numel() else 1.0,
         kept=kept,
-        columns=memory.address(columns),
-        factors=None if even else memory.address(_shared(part.factors.float().contiguous())),
+        columns=memory.share(_shared(part.columns, f"{width} {block}", lambda: _laid_out(part, width, block))),
+        factors=None if even else memory.share(_shared(part.factors, "factors", part.factors.float().contiguous)),
         a=_codes(part.values, kept * block, memory, float32=wide, unit=block),
     )
 
 
-def _shared(factors: Tensor) -> Tensor:
+def _shared(tensor: Tensor, kind: str, lay_out: Callable[[], Tensor]) -> Tensor:
     """One copy for all deltas with the same: those of layers with one input, of all variants pruned alike."""
-    digest = hashlib.blake2b(factors.numpy().tobytes(), digest_size=16).digest()
-    return _FACTORS.setdefault(digest, factors)
+    key = hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=16, person=kind.encode()).digest()
+    if (known := _SHARED.get(key)) is not None:
+        return known
+    return _SHARED.setdefault(key, lay_out())
+
+
+def _laid_out(part: Sparse, width: int, block: int) -> Tensor:
+    _check_columns(part, width, block)
+    dtype = torch.int32 if width > WIDEST_COLUMN else torch.uint16
+    return pad(part.columns.flatten(), (0, CHUNK)).to(dtype)
 
 
 def _check_columns(part: Sparse, width: int, block: int) -> None:
@@ -218,8 +275,8 @@ def _rows(part: Rows, rows: int, width: int, memory: _Memory) -> PartStruct:
     return PartStruct(
         kind=_ROWS,
         kept=len(ids),
-        ids=memory.address(ids),
-        mean=None if part.mean is None else memory.address(part.mean.float().contiguous()),
+        ids=memory.offset(ids),
+        mean=None if part.mean is None else memory.offset(part.mean.float().contiguous()),
         mean_rows=part.mean_rows,
         a=_codes(part.values, width, memory),
     )
@@ -238,8 +295,8 @@ def _codes(codes: Codes, length: int, memory: _Memory, *, float32: bool = False,
     if padded != length:
         data = _padded(data, prod(codes.shape) // length, length, padded, bits)
     return CodesStruct(
-        data=memory.address(data),
-        scales=memory.address(codes.scales.bfloat16().contiguous()) if scaled else None,
+        data=memory.offset(data),
+        scales=memory.offset(codes.scales.bfloat16().contiguous()) if scaled else None,
         length=length,
         line_bytes=padded * bits // 8,
         group=codes.group,
@@ -261,8 +318,8 @@ def _columns(codes: Codes, memory: _Memory) -> CodesStruct:
     else:
         data = pad(codes.data.view(rows, rank).T, (0, padded - rows)).contiguous()
     return CodesStruct(
-        data=memory.address(data),
-        scales=memory.address(scales) if scaled else None,
+        data=memory.offset(data),
+        scales=memory.offset(scales) if scaled else None,
         length=rows,
         line_bytes=padded * BITS[codes.codec] // 8,
         group=1,

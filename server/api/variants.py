@@ -15,8 +15,10 @@ from starlette.datastructures import State
 
 from deltaserve.delta_store.errors import InvalidName
 from deltaserve.delta_store.registry import Registered, check_name
+from deltaserve.server.api.residency import follow, is_pinned
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_file, receive_form
+from deltaserve.server.engine.bank import Tier
 from deltaserve.server.examination import examine, told_of_the_upload
 
 ACTIONS = ("versions", "rollback", "split", "alias", "pin", "prefetch")
@@ -29,7 +31,8 @@ router = APIRouter(prefix="/v1/variants", tags=["variants"], responses=ERRORS)
 class VariantReceipt:
     """A registered version. ``base`` is the fingerprint of the base it was made for, ``created`` is in Unix seconds.
 
-    ``tensors_applied`` of the artifact's ``tensors_total`` tensors change a layer of the served model.
+    ``tensors_applied`` of the artifact's ``tensors_total`` tensors change a layer of the served model. ``tier``: where
+    this version is now (residency.py); ``pinned``: whether the variant's current version stays in memory.
     """
 
     id: str
@@ -44,6 +47,8 @@ class VariantReceipt:
     tensors_applied: int
     tensors_total: int
     quality: dict[str, Any] | None
+    tier: Tier
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,7 @@ def delete_variant(name: str, request: Request) -> VariantRemoved:
     state = request.app.state
     digests = {version.digest for version in state.registry.versions(name)}
     state.registry.remove(name)
+    state.engine.bank.unpin(name)
     state.blobs.sweep(state.registry.digests)
     for digest in digests - state.registry.digests():
         state.engine.forget(digest)
@@ -145,7 +151,9 @@ def register(name: str, file: Path, state: State) -> VariantReceipt:
     """Examine an artifact in a workspace, keep it, and turn the name to it."""
     found = examine(file, state.engine, state.settings.base, state.profiles)
     with state.blobs.adopt(file, found.digest):
-        return receipt(state.registry.register(name, found), state)
+        registered = state.registry.register(name, found)
+        follow(state, name, registered.digest)
+        return receipt(registered, state)
 
 
 def receipt(version: Registered, state: State) -> VariantReceipt:
@@ -156,5 +164,7 @@ def receipt(version: Registered, state: State) -> VariantReceipt:
         version=version.number,
         created=int(version.created),
         base_matches=version.receipt.base == state.engine.fingerprint,
+        tier=state.engine.tier(version.digest),
+        pinned=is_pinned(state, version.variant),
         **asdict(version.receipt),
     )

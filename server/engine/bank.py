@@ -1,61 +1,29 @@
-"""Which variants are in memory: fixed slots under a byte budget, filled on a thread of its own, shared by digest.
+"""The variants in memory: shared by digest, loaded on a thread of its own, once for all who wait (rules: slots.py)."""
 
-A request holds its variant's slot until it is over. A version that nobody holds stays until its place is needed, the
-longest unused first. Requests for a cold version wait in order of arrival. Requests for versions in memory pass them,
-but once ``PATIENCE`` have passed one that waits for a slot, they queue behind it: a busy variant cannot keep another
-one out.
-"""
-
+import asyncio
 import threading
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal
 
-from deltaserve.delta_store.errors import ArtifactError, DeltaServeError, RequestRefused
+from deltaserve.delta_store.errors import ArtifactError, DeltaServeError
+from deltaserve.server.engine.reports import Reports, ResidentVariant
 from deltaserve.server.engine.requests import Version
+from deltaserve.server.engine.slots import Loading, Slots, Ticket
 from deltaserve.server.engine.wrapped import Fitted, WrappedModel
 
-PATIENCE = 32
-
-
-@dataclass(slots=True, eq=False)
-class Resident:
-    """A version in a slot, and how many requests hold it."""
-
-    digest: str
-    slot: int
-    fitted: Fitted
-    holders: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A request's place in the queue; ``future`` gives the resident, or the error that kept it out."""
-
-    version: Version
-    future: "Future[Resident]" = field(default_factory=Future)
-    passed: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Loading:
-    version: Version
-    slot: int
-    fitted: Fitted | None = None
+Tier = Literal["resident", "loading", "host", "store"]
 
 
 class Bank:
-    """``load`` turns a version into what the layers keep; whatever it raises fails that version's requests alone."""
+    """``load`` turns a version into what the layers keep; whatever it raises fails that version's requests alone.
+
+    ``model`` has places for ``slots`` and the spare one.
+    """
 
     def __init__(self, model: WrappedModel, slots: int, budget_bytes: int, load: Callable[[Version], Fitted]) -> None:
-        self._model, self._load = model, load
-        self._slots, self._budget_bytes = slots, budget_bytes
-        self._free = list(range(slots))
-        self._residents: OrderedDict[str, Resident] = OrderedDict()
-        self._waiting: deque[Ticket] = deque()
-        self._loading: _Loading | None = None
-        self._unwanted: set[str] = set()
+        self.reports = Reports()
+        self._slots, self._load = Slots(model, slots, budget_bytes, self._report_evicted), load
         self._closed = False
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="bank", daemon=True).start()
@@ -64,50 +32,91 @@ class Bank:
     def holders(self) -> dict[str, int]:
         """How many requests hold each version in memory, by digest."""
         with self._changed:
-            return {digest: resident.holders for digest, resident in self._residents.items()}
+            return {digest: len(resident.holders) for digest, resident in self._slots.residents.items()}
+
+    @property
+    def residents(self) -> tuple[ResidentVariant, ...]:
+        """The versions in memory."""
+        with self._changed:
+            residents = self._slots.residents.values()
+            return tuple(ResidentVariant(r.variant, r.digest, r.fitted.nbytes, len(r.holders)) for r in residents)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the versions in memory."""
         with self._changed:
-            return self._used_bytes()
+            return self._slots.used_bytes
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot."""
+        """Requests without a slot, and hints that nothing was done about yet."""
         with self._changed:
-            return len(self._waiting)
+            return len(self._slots.waiting)
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Names of the variants whose current version is never evicted."""
+        with self._changed:
+            return frozenset(self._slots.pinned)
+
+    def state(self, digest: str) -> Literal["resident", "loading"] | None:
+        """Whether a version is in memory, or on its way there; None if neither."""
+        with self._changed:
+            if digest in self._slots.residents:
+                return "resident"
+            return "loading" if any(t.version.digest == digest for t in self._slots.waiting) else None
 
     def hold(self, version: Version) -> Ticket:
         """Ask for a version; every ticket is later given to ``let_go``, unless its future fails or is cancelled."""
-        ticket = Ticket(version)
         with self._changed:
-            self._unwanted.discard(version.digest)
-            self._waiting.append(ticket)
-            self._advance()
-        return ticket
+            ticket = self._slots.hold(version)
+            self._changed.notify_all()
+            return ticket
+
+    def prefetch(self, version: Version) -> None:
+        """Have a version in memory as soon as there is a place that nobody uses; no request waits for that."""
+        with self._changed:
+            if not any(ticket.version.digest == version.digest for ticket in self._slots.waiting):
+                self._slots.hold(version, hint=True)
+                self._changed.notify_all()
+
+    def pin(self, version: Version) -> Ticket:
+        """Keep the current version of this variant in memory, from now on. The ticket is to be let go once it is there.
+
+        Raises RequestRefused where nobody else would have a slot.
+        """
+        with self._changed:
+            self._slots.pin(version.variant)
+        return self.hold(version)
+
+    async def keep(self, version: Version) -> None:
+        """``pin``, and wait until it is there; unpinned if that fails. Raises ArtifactError, RequestRefused."""
+        ticket = self.pin(version)
+        try:
+            await asyncio.wrap_future(ticket.future)
+        except BaseException:
+            self.unpin(version.variant)
+            raise
+        finally:
+            self.let_go(ticket)
+
+    def unpin(self, name: str) -> None:
+        """Let a variant be evicted like all others; nothing is done about one that is not pinned."""
+        with self._changed:
+            self._slots.unpin(name)
+            self._changed.notify_all()
 
     def let_go(self, ticket: Ticket) -> None:
         """The request is over, or gave up waiting."""
         with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-            elif not ticket.future.cancelled() and ticket.future.exception() is None:
-                resident = ticket.future.result()
-                resident.holders -= 1
-                if not resident.holders and resident.digest in self._unwanted:
-                    self._evict(resident)
-            self._advance()
+            self._slots.let_go(ticket)
+            self._changed.notify_all()
 
     def forget(self, digest: str) -> None:
         """Free the version's memory, now or when its last request is over."""
         with self._changed:
-            resident = self._residents.get(digest)
-            if resident is not None and resident.holders:
-                self._unwanted.add(digest)
-            elif resident is not None:
-                self._evict(resident)
-                self._advance()
+            self._slots.forget(digest)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Stop the loading thread; nothing is loaded any more."""
@@ -115,97 +124,38 @@ class Bank:
             self._closed = True
             self._changed.notify_all()
 
-    def _advance(self) -> None:
-        """Give tickets for what is in memory; the first of the others begins to load. Called with the lock held."""
-        barred: Ticket | None = None
-        for ticket in tuple(self._waiting):
-            resident = self._residents.get(ticket.version.digest)
-            if resident is not None:
-                if barred is None or barred.passed < PATIENCE:
-                    if barred is not None:
-                        barred.passed += 1
-                    self._give(ticket, resident)
-            elif self._loading is None and (slot := self._take_slot()) is not None:
-                self._loading = _Loading(ticket.version, slot)
-            elif barred is None and self._is_barred(ticket):
-                barred = ticket
-        self._changed.notify_all()
-
-    def _is_barred(self, ticket: Ticket) -> bool:
-        """Whether only the end of other requests can make room for this one."""
-        loading = self._loading
-        if loading is None:
-            return True
-        return loading.fitted is not None and loading.version.digest == ticket.version.digest
-
-    def _give(self, ticket: Ticket, resident: Resident) -> None:
-        self._waiting.remove(ticket)
-        if ticket.future.set_running_or_notify_cancel():
-            resident.holders += 1
-            self._residents.move_to_end(resident.digest)
-            ticket.future.set_result(resident)
-
-    def _take_slot(self) -> int | None:
-        if not self._free and (idle := self._longest_idle()) is not None:
-            self._evict(idle)
-        return self._free.pop() if self._free else None
-
-    def _longest_idle(self) -> Resident | None:
-        return next((resident for resident in self._residents.values() if not resident.holders), None)
-
-    def _evict(self, resident: Resident) -> None:
-        del self._residents[resident.digest]
-        self._unwanted.discard(resident.digest)
-        self._model.clear(resident.slot)
-        self._free.append(resident.slot)
-
-    def _used_bytes(self) -> int:
-        return sum(resident.fitted.nbytes for resident in self._residents.values())
-
-    def _make_room(self, nbytes: int) -> bool:
-        while self._used_bytes() + nbytes > self._budget_bytes:
-            if (idle := self._longest_idle()) is None:
-                return False
-            self._evict(idle)
-        return True
+    def _report_evicted(self, variant: str) -> None:
+        self.reports.evicted(variant)
 
     def _run(self) -> None:
         while (loading := self._next()) is not None:
+            start = perf_counter()
             try:
                 fitted = self._load(loading.version)
-                self._check_size(loading.version, fitted)
+                self.reports.loaded(loading.version.variant, perf_counter() - start)
+                self._place(loading, fitted)
             except Exception as error:  # a broken artifact must not end the thread that loads all the others
                 self._fail(loading, error)
-            else:
-                self._place(loading, fitted)
 
-    def _next(self) -> _Loading | None:
+    def _next(self) -> Loading | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._loading is not None or self._closed)
-            return None if self._closed else self._loading
+            self._changed.wait_for(lambda: self._slots.loading is not None or self._closed)
+            return None if self._closed else self._slots.loading
 
-    def _check_size(self, version: Version, fitted: Fitted) -> None:
-        if fitted.nbytes > self._budget_bytes:
-            raise RequestRefused(
-                f"Variant {version.variant!r} needs {fitted.nbytes} bytes of memory and all variants together have "
-                f"{self._budget_bytes}; raise bank_bytes",
-                param="model",
-            )
-
-    def _place(self, loading: _Loading, fitted: Fitted) -> None:
-        """Wait until the bytes are there, then fill the slot: no running step has rows of it."""
+    def _place(self, loading: Loading, fitted: Fitted) -> None:
+        """Wait until the bytes are there, or nobody wants them any more."""
         with self._changed:
-            loading.fitted = fitted
-            self._changed.wait_for(lambda: self._closed or self._make_room(fitted.nbytes))
-            if self._closed:
-                return
-            self._model.install(loading.slot, fitted)
-            self._residents[loading.version.digest] = Resident(loading.version.digest, loading.slot, fitted)
-            self._loading = None
-            self._advance()
+            while not self._closed and not self._slots.place(loading, fitted):
+                if not self._slots.is_wanted(loading):
+                    for hint in self._slots.drop(loading):
+                        hint.future.cancel()
+                    return
+                self._slots.advance()  # it now waits for others to leave
+                self._changed.wait()
 
-    def _fail(self, loading: _Loading, error: Exception) -> None:
+    def _fail(self, loading: Loading, error: Exception) -> None:
         version = loading.version
+        self.reports.load_failed(version.variant)
         if not isinstance(error, DeltaServeError):
             told = ArtifactError(
                 f"Variant {version.variant!r} (artifact {version.digest[:12]}) cannot be loaded: {error}"
@@ -213,10 +163,7 @@ class Bank:
             told.__cause__ = error
             error = told
         with self._changed:
-            self._free.append(loading.slot)
-            self._loading = None
-            for ticket in [t for t in self._waiting if t.version.digest == version.digest]:
-                self._waiting.remove(ticket)
+            for ticket in self._slots.drop(loading):
                 if ticket.future.set_running_or_notify_cancel():
                     ticket.future.set_exception(error)
-            self._advance()
+            self._changed.notify_all()

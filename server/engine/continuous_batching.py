@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ from deltaserve.server.engine.turns import TakingTurns, owner_of
 logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = 16
+EVICTIONS = 8
+"""Under pressure, so many parts of all pages go at a time; the library wants 15 % of them free."""
 RESTARTING = "The engine is restarting after a failure; try again"
 RESTARTS_IN_A_ROW = 3
 """After so many restarts without one finished step the engine stays down."""
@@ -144,6 +147,25 @@ class SaltedCache(api.PagedAttentionCache):
     def mark_complete_blocks(self, state: api.RequestState, complete_blocks: dict[str, int]) -> None:
         _salt.set(salt_of(state.request_id))
         super().mark_complete_blocks(state, complete_blocks)
+
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        """A request's last pages first: the end of a prefix is forgotten before what it hangs on."""
+        for allocator in self.cache_allocators.values():
+            allocator.block_table.get(request_id, []).reverse()
+        super().free_blocks(request_id, no_cache)
+
+    def evict_cached_blocks(self) -> bool:
+        """Forget some of the pages that no request needs, the longest unused first; the library forgets all at once."""
+        evicted = False
+        for allocator in self.cache_allocators.values():
+            ledger = allocator.ledger
+            oldest = list(islice(ledger.cached_blocks, -(-allocator.num_blocks // EVICTIONS)))
+            for page in oldest:
+                del ledger.cached_blocks[page]
+                del ledger.hash_to_block[ledger.block_to_hash.pop(page)]
+            self.pool.free_blocks(allocator.index, oldest)
+            evicted = evicted or bool(oldest)
+        return evicted
 
 
 class Runner(ModelRunner):
@@ -404,6 +426,8 @@ _SIGNATURES: dict[Callable[..., Any], str] = {
     api.PagedAttentionCache.update: "self key_states value_states layer_idx kwargs",
     api.PagedAttentionCache.search_prefix_match: "self request_id prompt_ids",
     api.PagedAttentionCache.mark_complete_blocks: "self state complete_blocks",
+    api.PagedAttentionCache.free_blocks: "self request_id no_cache",
+    api.PagedAttentionCache.evict_cached_blocks: "self",
     api.OutputRouter.fail_and_deliver: "self state error",
     api.OutputRouter.deliver_batch: "self outputs",
     ModelRunner.compute_batch: "self model batch_data",

@@ -25,7 +25,7 @@ from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.heads import variant_architecture
 from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
-from deltaserve.server.engine.bank import Bank
+from deltaserve.server.engine.bank import Bank, Tier
 from deltaserve.server.engine.encoder_attention import similar
 from deltaserve.server.engine.encoder_batches import Batches, Text, Work
 from deltaserve.server.engine.encoder_head import Head
@@ -63,7 +63,7 @@ class EncoderEngine:
         self.tokenizer = _load_tokenizer(checkpoint)
         self.fingerprint = fingerprint(checkpoint)
         self._architecture = checkpoint.architecture
-        self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path)
+        self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path, limits.host_bytes)
         self.model = WrappedEncoder(
             _load_model(checkpoint, limits.dtype),
             checkpoint.architecture,
@@ -142,6 +142,11 @@ class EncoderEngine:
     def forget(self, digest: str) -> None:
         """Free a version's memory, now or when its last request is over."""
         self.bank.forget(digest)
+        self._artifacts.opened.forget(digest)
+
+    def tier(self, digest: str) -> Tier:
+        """Where a version is, as the engine of decoders says it."""
+        return self.bank.state(digest) or ("host" if digest in self._artifacts.opened else "store")
 
     def check_fits(self, artifact: Artifact) -> Fit:
         """The receipt for an artifact. Raises BaseMismatch, and UnsupportedArtifact where it does not apply whole."""

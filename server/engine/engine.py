@@ -26,13 +26,14 @@ from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine import attention, sampler
-from deltaserve.server.engine.bank import Bank, Ticket
+from deltaserve.server.engine.bank import Bank, Tier
 from deltaserve.server.engine.continuous_batching import Batching
 from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
 from deltaserve.server.engine.policy import Policy, check_kind
 from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.routing import Routing
+from deltaserve.server.engine.slots import SPARE, Ticket
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.swapping import Swapping
 from deltaserve.server.engine.wrapped import Fitted, VersionDeltas, WrappedModel
@@ -46,8 +47,9 @@ class EngineLimits:
 
     ``context`` None is the model's own, ``threads`` None the numeric libraries' own choice. ``cache_tokens`` are shared
     by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and ``bank_slots`` bound the
-    variants in memory. ``weights``: those of linear layers are ``plain``, in ``dtype``; ``int8`` with a float32 scale a
-    row; or ``packed``, kept twice where that is faster. ``policy`` is ``auto``, ``mixed`` or ``swap`` (policy.py).
+    variants in memory, ``host_bytes`` the artifacts that stay open. ``weights``: those of linear layers are ``plain``,
+    in ``dtype``; ``int8`` with a float32 scale a row; or ``packed``, kept twice where that is faster. ``policy`` is
+    ``auto``, ``mixed`` or ``swap`` (policy.py).
     """
 
     dtype: str = "float32"
@@ -56,6 +58,7 @@ class EngineLimits:
     backend: str = "auto"
     bank_bytes: int = 2**30
     bank_slots: int = 64
+    host_bytes: int = 2**32
     cache_tokens: int = 16384
     context: int | None = None
     max_running: int = 32
@@ -100,14 +103,14 @@ class Engine:
         self._wrapped = WrappedModel(
             model,
             routing,
-            limits.bank_slots,
+            limits.bank_slots + SPARE,
             backend(limits.backend),
             tied=checkpoint.tied,
             kept=_checked_kind(limits.weights),
         )
         check_kind(limits.policy, self._wrapped.fixed)
         self.vocab_size = self._wrapped.vocabulary
-        self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path)
+        self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path, limits.host_bytes)
         load = load or self._artifacts
         self.bank = Bank(
             self._wrapped, limits.bank_slots, limits.bank_bytes, lambda version: self._wrapped.fit(load(version))
@@ -122,6 +125,7 @@ class Engine:
             batch_tokens=limits.batch_tokens,
             running=limits.max_running,
         )
+        self._artifacts.is_disturbing = lambda: bool(self._batching.router.jobs)
         self._entering = 0
 
     def start(self) -> None:
@@ -178,6 +182,11 @@ class Engine:
     def forget(self, digest: str) -> None:
         """Free a version's memory, now or when its last request is over."""
         self.bank.forget(digest)
+        self._artifacts.opened.forget(digest)
+
+    def tier(self, digest: str) -> Tier:
+        """Where a version is: in the bank (``resident``), on its way there, opened on the host, or in the store."""
+        return self.bank.state(digest) or ("host" if digest in self._artifacts.opened else "store")
 
     def check_fits(self, artifact: Artifact) -> Fit:
         """The receipt for an artifact. Raises BaseMismatch, and UnsupportedArtifact where it does not apply whole."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
-from deltaserve.kernels.parts import Delta
+from deltaserve.kernels.parts import Delta, Dense
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine.routing import Rows
 
@@ -40,7 +40,9 @@ class DeltaNorm(nn.Module):
         return tuple(self.get_parameter(parameter).shape)
 
     def prepare(self, delta: Delta) -> Tensor:
-        return reference.unpack(delta)
+        values, part = reference.unpack(delta), delta.parts[0]
+        exact = len(delta.parts) == 1 and isinstance(part, Dense) and part.values.codec == "bf16"
+        return values.bfloat16() if exact else values
 
     def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
         self.tables[parameter][slot - BASE] = self._own(parameter, prepared)
