@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cached_property
@@ -39,6 +39,7 @@ from deltaserve.server.engine import attention, sampler
 from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.paging import Paged, Stored, reader
 from deltaserve.server.engine.policy import Policy
+from deltaserve.server.engine.reports import Reports
 from deltaserve.server.engine.requests import Token
 from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.stream import Event, Stream, post
@@ -50,6 +51,7 @@ PAGE_TOKENS = 16
 EVICTIONS = 8
 """Under pressure, so many parts of all pages go at a time; the library wants 15 % of them free."""
 RESTARTING = "The engine is restarting after a failure; try again"
+STALL_SECONDS = 120.0
 RESTARTS_IN_A_ROW = 3
 """After so many restarts without one finished step the engine stays down."""
 
@@ -204,11 +206,19 @@ class Processor(api.ContinuousBatchProcessor):
     """One step after the other."""
 
     def __init__(
-        self, *, routing: Routing, policy: Policy, cancelled: deque[str], output_router: Router, **others: Any
+        self,
+        *,
+        routing: Routing,
+        policy: Policy,
+        reports: Reports,
+        cancelled: deque[str],
+        output_router: Router,
+        **others: Any,
     ) -> None:
         super().__init__(output_router=output_router, **others)
         self.routing, self.policy, self.cancelled, self.router = routing, policy, cancelled, output_router
-        self.finished_steps = 0
+        self.reports, self.displaced = reports, frozenset[str]()
+        self.finished_steps, self.stepped = 0, 0.0
         self.cache.router = output_router
         self.model_runner.__class__ = Runner
         self.model_runner.router = output_router
@@ -223,6 +233,7 @@ class Processor(api.ContinuousBatchProcessor):
         ready = super().prepare_next_batch()
         for request_id in gone:
             self.router.close(request_id)
+        self._report_displaced()
         if not ready:
             self.policy.idle()
         return bool(ready)
@@ -231,11 +242,13 @@ class Processor(api.ContinuousBatchProcessor):
         batch = self.inputs_and_outputs.requests_in_batch
         jobs = [self.router.jobs[f.state.request_id] for f in batch]
         lengths = [f.query_length for f in batch]
+        self._report_begun(jobs)
         swapped = self.policy.before_step(jobs)
         wants_token = [f.has_new_token for f in batch]
         self.routing.assign(lengths, [job.slot for job in jobs], wants_token, swapped=swapped)
         start = time.perf_counter()
         super()._generation_step(model)
+        self.reports.stepped(sum(lengths))
         self.policy.after_step(len(jobs) if sum(lengths) == len(jobs) else 0, time.perf_counter() - start)
 
     def update_batch(self) -> None:
@@ -252,8 +265,26 @@ class Processor(api.ContinuousBatchProcessor):
         for job in (job for job, token in chosen if isinstance(token, Token) and job.chooser.ended):
             self.cancelled.append(job.id)
             self.router.close(job.id)
+        for variant, count in Counter(job.variant for job, _ in chosen).items():
+            self.reports.generated(variant, count)
         super().update_batch()
         self.finished_steps += 1
+        self.stepped = time.perf_counter()
+
+    def _report_begun(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.began is None:
+                job.began = time.perf_counter()
+                self.reports.began(job.variant, len(job.prompt), job.cached_tokens)
+
+    def _report_displaced(self) -> None:
+        """Requests that were in a batch and wait again; the library lets nobody in while there are any."""
+        before, self.displaced = self.displaced, frozenset[str]()
+        if self.scheduler.block_new_requests:
+            waiting, jobs = self.scheduler.waiting_requests, self.router.jobs
+            self.displaced = frozenset(i for i in waiting if i in jobs and jobs[i].began is not None)
+            if new := len(self.displaced - before):
+                self.reports.displaced(new)
 
 
 def _failed(error: Exception) -> GenerationFailed:
@@ -276,9 +307,10 @@ class Batching(api.ContinuousBatchingManager):
         batch_tokens: int,
         running: int,
     ) -> None:
+        self.pages = -(-cache_tokens // PAGE_TOKENS)
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
-            num_blocks=-(-cache_tokens // PAGE_TOKENS),
+            num_blocks=self.pages,
             max_batch_tokens=batch_tokens,
             max_requests_per_batch=min(running, batch_tokens),
             max_blocks_per_request=0,
@@ -290,7 +322,7 @@ class Batching(api.ContinuousBatchingManager):
         super().__init__(model, never_ends, config)
         self._failure: str | None = "The engine is not started"
         self.output_router = self.router = Router()
-        self._routing, self._policy = routing, policy
+        self._routing, self._policy, self.reports = routing, policy, Reports()
         self._cancelled: deque[str] = deque()
         self._stopping = False
         self._reader = reader(backend, model.device, model.dtype)
@@ -305,6 +337,24 @@ class Batching(api.ContinuousBatchingManager):
         if self._failure is None and self.background_thread_status.can_accept_new_requests() is not None:
             return RESTARTING
         return self._failure
+
+    @property
+    def stall(self) -> str | None:
+        """Said if a step has been running for longer than any should."""
+        processor = self.batch_processor
+        began = [job.began for job in list(self.router.jobs.values()) if job.began is not None]
+        if processor is None or not began:
+            return None
+        seconds = time.perf_counter() - max(processor.stepped, *began)
+        return f"No step has finished for {seconds:.0f} s" if seconds > STALL_SECONDS else None
+
+    @property
+    def cache_used(self) -> float:
+        """The share of the key-value cache that requests hold."""
+        processor = self.batch_processor
+        tables: list[Any] = [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
+        held = [len({page for pages in list(table.values()) for page in list(pages)}) for table in tables]
+        return max(held, default=0) / self.pages
 
     def start(self) -> None:
         """Start the thread; as a daemon, for it must not keep a process alive that is done."""
@@ -358,6 +408,7 @@ class Batching(api.ContinuousBatchingManager):
         return Processor(
             routing=self._routing,
             policy=self._policy,
+            reports=self.reports,
             cancelled=self._cancelled,
             cache=cache,
             config=self.model.config.get_text_config(),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,10 +28,11 @@ from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine import attention, sampler
 from deltaserve.server.engine.bank import Bank, Tier
-from deltaserve.server.engine.continuous_batching import Batching
+from deltaserve.server.engine.continuous_batching import RESTARTING, Batching
 from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
 from deltaserve.server.engine.policy import Policy, check_kind
+from deltaserve.server.engine.reports import EngineState, Reports
 from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.slots import SPARE, Ticket
@@ -152,12 +154,41 @@ class Engine:
         """Why no request is taken, None if they are."""
         if self._batching.failure is None and not self._batching.is_running():
             return "The generation thread is gone"
-        return self._batching.failure
+        return self._batching.failure or self._batching.stall
+
+    @property
+    def lost(self) -> str | None:
+        """Why nothing but a restart of the process helps, None if it is not so."""
+        failure = self.failure
+        return None if failure == RESTARTING else failure
 
     @property
     def requests(self) -> int:
         """Requests that are running or waiting."""
         return self._entering + len(self._batching.router.jobs)
+
+    def watch(self, reports: Reports) -> None:
+        """Tell ``reports`` what happens, from now on; before ``start``."""
+        self.bank.reports = self._batching.reports = reports
+
+    def state(self) -> EngineState:
+        """What there is at this moment."""
+        jobs = list(self._batching.router.jobs.values())
+        running = sum(job.began is not None for job in jobs)
+        residents = self.bank.residents
+        return EngineState(
+            running=running,
+            waiting=self._entering + len(jobs) - running,
+            cold=self.bank.waiting,
+            cache_used=self._batching.cache_used,
+            residents=residents,
+            bank_bytes=self.limits.bank_bytes,
+            bank_slots=self.limits.bank_slots,
+            swapped=next((r.variant for r in residents if r.digest == self.policy.swapped), ""),
+            swaps=self.policy.swaps,
+            swap_s=self.policy.swap_seconds,
+            swap_failure=self.policy.failure,
+        )
 
     async def submit(self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling) -> Stream:
         """Start a request for a variant's version, or for the base, and return its tokens as a stream.
@@ -165,14 +196,18 @@ class Engine:
         Waits until the variant is in memory. Before the first token it raises RequestRefused, ContextTooLong,
         QueueFull, EngineDown, and ArtifactError where the variant cannot be loaded.
         """
+        arrived = perf_counter()
         self._check_size(prompt_ids, sampling)
         if version is None:
-            return self._begin(prompt_ids, None, None, sampling)
+            return self._begin(prompt_ids, None, None, sampling, arrived)
         self._entering += 1
         ticket = self.bank.hold(version)
+        is_cold = not ticket.future.done()
         try:
             resident = await asyncio.wrap_future(ticket.future)
-            return self._begin(prompt_ids, ticket, resident.fitted, sampling)
+            if is_cold:
+                self.bank.reports.waited(version.variant, perf_counter() - arrived)
+            return self._begin(prompt_ids, ticket, resident.fitted, sampling, arrived)
         except BaseException:  # refused, or given up waiting: asyncio's CancelledError is no Exception
             self.bank.let_go(ticket)
             raise
@@ -225,7 +260,12 @@ class Engine:
             raise EngineDown(failure)
 
     def _begin(
-        self, prompt_ids: Sequence[int], ticket: Ticket | None, fitted: Fitted | None, sampling: Sampling
+        self,
+        prompt_ids: Sequence[int],
+        ticket: Ticket | None,
+        fitted: Fitted | None,
+        sampling: Sampling,
+        arrived: float,
     ) -> Stream:
         vocabulary = fitted.vocabulary if fitted is not None else self.vocab_size
         sampler.check_ids("prompt", prompt_ids, vocabulary)
@@ -241,6 +281,8 @@ class Engine:
             chooser=chooser,
             stream=stream,
             release=(lambda: self.bank.let_go(ticket)) if ticket is not None else (lambda: None),
+            variant=ticket.version.variant if ticket is not None else "",
+            arrived=arrived,
         )
         self._batching.take(job)
         return stream
