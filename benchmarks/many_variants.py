@@ -13,10 +13,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+
+from deltaserve.delta_store.blobs import BlobStore, digest_of
+from deltaserve.delta_store.registry.sqlite import SqliteRegistry
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "deploy" / "demo"
@@ -30,6 +33,7 @@ class Served:
 
     url: str
     process: "subprocess.Popen[bytes]"
+    store: Path | None = None
 
 
 def copy_of(artifact: Path, number: int) -> bytes:
@@ -61,6 +65,25 @@ def upload(url: str, count: int) -> None:
             client.put(f"/v1/variants/{name}", content=body).raise_for_status()
 
 
+def register_copies(served: Served, count: int) -> None:
+    """The same in seconds for a thousand: one upload of each artifact is examined, its copies go into the store.
+
+    As a second server on the same store would bring them in; each is still checked when it is loaded.
+    """
+    assert served.store is not None
+    upload(served.url, min(count, len(ARTIFACTS)))
+    registry, blobs = SqliteRegistry(served.store / "registry.sqlite3"), BlobStore(served.store / "blobs")
+    receipts = [registry.current(name).receipt for name in names(count)[: len(ARTIFACTS)]]
+    for number, name in list(enumerate(names(count)))[len(ARTIFACTS) :]:
+        with blobs.workspace() as folder:
+            file = folder / "artifact"
+            file.write_bytes(copy_of(ARTIFACTS[number % len(ARTIFACTS)], number))
+            receipt = replace(receipts[number % len(ARTIFACTS)], digest=digest_of(file), size_bytes=file.stat().st_size)
+            with blobs.adopt(file, receipt.digest):
+                registry.register(name, receipt)
+    registry.close()
+
+
 @contextmanager
 def deltaserve(base: Path, name: str, options: Sequence[str] = ()) -> Iterator[Served]:
     """A server of its own on a fresh store, which serves the base as ``name``."""
@@ -68,7 +91,7 @@ def deltaserve(base: Path, name: str, options: Sequence[str] = ()) -> Iterator[S
         flags = ["--served-name", name, "--store", store, "--log-level", "warning", *options]
         command = [sys.executable, "-m", "deltaserve.server.cli", "serve", str(base), *flags]
         with started(command, "/ready") as served:
-            yield served
+            yield replace(served, store=Path(store))
 
 
 @contextmanager

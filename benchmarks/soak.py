@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from many_variants import DEMO, Served, deltaserve, names, upload
+from many_variants import DEMO, Served, deltaserve, names, register_copies
 from serving import RESULTS, git, processor
 
 from deltaserve.server.bench.client import Ask, Asking, Outcome, Record
@@ -54,7 +54,7 @@ def main() -> None:
 
     options = ["--threads", str(args.threads), "--bank-slots", str(args.slots)]
     with deltaserve(base_folder(), "base", options) as served:
-        upload(served.url, args.variants)
+        register_copies(served, args.variants)
         rows = [setup_row(args), *asyncio.run(soak(served, args))]
     if not any("e2e_ms" in row for row in rows):
         raise SystemExit(f"No request was completed: {rows[-1]['reasons']}")

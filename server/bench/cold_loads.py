@@ -2,13 +2,16 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import httpx
 
 # Counters of loads by variant: ours, then vLLM's for adapters.
-COUNTERS = ("deltaserve:variant_load_seconds_count", "vllm:lora_adapter_load_seconds_count")
+COUNTERS = ("deltaserve_variant_load_seconds_count", "vllm:lora_adapter_load_seconds_count")
 SAMPLE = re.compile(r"^([\w:]+)(?:\{(.*)\})? (\S+)")
-LABEL = re.compile(r'(?:variant|adapter_name)="((?:[^"\\]|\\.)*)"')
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+OTHER = "other"
+"""The label that variants share for which a server keeps no metrics of their own."""
 
 
 async def loads(client: httpx.AsyncClient) -> Counter[str] | None:
@@ -29,11 +32,18 @@ def parse(text: str) -> Counter[str] | None:
     for line in text.splitlines():
         sample = SAMPLE.match(line)
         if sample and sample[1] in COUNTERS:
-            label = LABEL.search(sample[2] or "")
-            found[label[1] if label else ""] += round(float(sample[3]))
+            labels = dict(LABEL.findall(sample[2] or ""))
+            found[labels.get("adapter_name") or labels.get("model_name", OTHER)] += round(float(sample[3]))
     return found
 
 
 def since(before: Counter[str] | None, after: Counter[str] | None) -> dict[str, int] | None:
     """What was loaded in between; None where the server did not say."""
     return None if before is None or after is None else dict(after - before)
+
+
+def of_model(cold_loads: Mapping[str, int] | None, model: str) -> int | None:
+    """One model's share; None where the server did not say, or counted it among others."""
+    if cold_loads is None:
+        return None
+    return cold_loads.get(model, None if OTHER in cold_loads else 0)

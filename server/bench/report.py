@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from deltaserve.server.bench.client import Outcome, Record
+from deltaserve.server.bench.cold_loads import of_model
 from deltaserve.server.bench.goodput import Goodput
 from deltaserve.server.bench.setup import Setup
 from deltaserve.server.bench.statistics import PERCENTILE_METHOD, Distribution, Figures
@@ -47,8 +48,7 @@ class Report:
             "goodput": None if self.goodput is None else asdict(self.goodput),
             "cold_loads": None if loads is None else sum(loads.values()),
             "per_model": {
-                model: {**_as_json(part), "cold_loads": None if loads is None else loads.get(model, 0)}
-                for model, part in self.models.items()
+                model: {**_as_json(part), "cold_loads": of_model(loads, model)} for model, part in self.models.items()
             },
         }
 
@@ -140,7 +140,7 @@ def _model_table(models: Mapping[str, Figures], cold_loads: Mapping[str, int] | 
         completed = part.outcomes[Outcome.COMPLETED]
         medians = [_number(d.median if d else None) for d in (part.ttft, part.tpot, part.e2e)]
         p95 = _number(part.e2e.p95 if part.e2e else None)
-        loaded = [str(cold_loads.get(model, 0))] if cold_loads is not None else []
+        loaded = [_count(of_model(cold_loads, model))] if cold_loads is not None else []
         cells = (str(completed), str(part.requests - completed), str(part.output_tokens), *medians, p95, *loaded)
         table.add_row(model, *cells)
     if len(models) > SHOWN_MODELS:
@@ -159,6 +159,10 @@ def _notes(part: Figures) -> list[str]:
     if part.tokens_estimated:
         notes.append("The server reported no usage: tokens are estimated as the number of events with text.")
     return notes
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _right(name: str) -> Column:
