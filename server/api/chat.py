@@ -21,8 +21,8 @@ from deltaserve.server.api.responses import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFinishReason,
     ChatLogprobs,
-    FinishReason,
     head,
 )
 from deltaserve.server.api.schemas import ChatRequest, Message
@@ -97,7 +97,7 @@ async def _chunks(body: ChatRequest, answer: Answer) -> AsyncGenerator[ChatChunk
 
 
 def _delta(
-    index: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None, reason: FinishReason | None = None
+    index: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None, reason: ChatFinishReason | None = None
 ) -> ChatChunkChoice:
     return ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
 

@@ -6,6 +6,7 @@ from deltaserve.server.api.choice import Piece
 from deltaserve.server.api.responses import (
     CalledFunction,
     ChatDelta,
+    ChatFinishReason,
     ChatMessage,
     FinishReason,
     FunctionDelta,
@@ -32,7 +33,7 @@ class Parts:
             return [Said(piece.text)] if piece.text else []
         return [*self._calls.push(piece.text), *(self._calls.finish() if piece.finish_reason else ())]
 
-    def reason(self, reason: FinishReason) -> FinishReason:
+    def reason(self, reason: FinishReason) -> ChatFinishReason:
         """How the choice ended, as OpenAI says it."""
         called = self._calls is not None and self._calls.calls > 0
         return "tool_calls" if called and reason == "stop" and not self._forced else reason
