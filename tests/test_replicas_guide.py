@@ -36,7 +36,7 @@ def test_what_is_uploaded_to_one_replica_is_served_by_the_other(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
