@@ -76,7 +76,7 @@ def test_server_does_not_run_as_root(instructions: list[tuple[str, str]]) -> Non
 
 def test_environment_names_are_settings(environment: dict[str, str]) -> None:
     names = {name for name in environment if name.startswith(PREFIX)}
-    assert names == {"DELTASERVE_BASE", "DELTASERVE_STORE", "DELTASERVE_HOST"}
+    assert names == {"DELTASERVE_BASE", "DELTASERVE_STORE", "DELTASERVE_HOST", "DELTASERVE_KEYS"}
     assert {name.removeprefix(PREFIX).lower() for name in names} <= set(Settings.model_fields)
 
 

@@ -36,7 +36,7 @@ def seeded_columns(spec: SparseSpec, name: str, profile: ColumnWeights | None) -
         columns = uniform_columns(spec.seed, name, spec.blocks, width, spec.kept)
         return columns, (uniform_factors(width, spec.kept).double() * spec.kept / width / spec.divisor).float()
     columns, factors = _drawn(
-        _Source(profile and profile.digest, profile), spec.seed, name, spec.blocks, width, spec.kept
+        _Source(profile.digest if profile else None, profile), spec.seed, name, spec.blocks, width, spec.kept
     )
     return columns, (factors.double() / spec.divisor).float()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaserve.kernels import reference
+from deltaserve.kernels import paged, reference
 from deltaserve.kernels.cpu.decoder import CACHE_CODECS, CpuDecoder, attention_struct, pages_struct
 from deltaserve.kernels.cpu.layers import WEIGHT_CODECS, Layers, Slots
 from deltaserve.kernels.cpu.layout import MatrixStruct, Prepared, SwapStruct, prepare
@@ -186,7 +186,7 @@ class CpuBackend:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, pages: Pages, scale: float) -> Tensor:
         """``softmax(query . keys * scale) @ values`` of each row, as ``paged.attend``; the cache is read in place."""
         if keys.dtype not in CACHE_CODECS:
-            return reference.attend(query, keys, values, pages, scale)
+            return paged.attend(query, keys, values, pages, scale)
         heads = Heads(query.shape[1], keys.shape[1], query.shape[2], scale)
         queries = query.float().contiguous()
         out, rows = torch.empty_like(queries), len(queries)

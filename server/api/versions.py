@@ -13,6 +13,7 @@ from starlette.datastructures import State
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.registry import Pointer, version_not_found
 from deltaserve.server.api.fields import Body
+from deltaserve.server.api.residency import follow
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.variants import VariantReceipt, check_free, receipt
 
@@ -64,7 +65,9 @@ def roll_back(name: str, request: Request, body: Rollback | None = None) -> Vers
     """Turn the name to an earlier version, or to a given one; this ends a split."""
     state = request.app.state
     digest = body.digest if body else None
-    return _versions(state, name, state.registry.point(name, digest or _before_current(state, name)))
+    pointer = state.registry.point(name, digest or _before_current(state, name))
+    follow(state, name, pointer.current.digest)
+    return _versions(state, name, pointer)
 
 
 @router.post("/{name:path}/split")

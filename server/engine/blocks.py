@@ -5,7 +5,7 @@ Other models, and steps with many rows, run layer by layer.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ def stack(model: nn.Module, rows: Rows, backend: Backend) -> bool:
     whole = Stack(backend.decoder(blocks, heads), heads.width, rows)
     for place, layer in enumerate(layers):
         layer.__class__ = type(f"Delta{type(layer).__name__}", (DeltaBlock, type(layer)), {})
-        layer.stack, layer.place = whole, place
+        twin = cast(DeltaBlock, layer)
+        twin.stack, twin.place = whole, place
     return True
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -107,6 +107,7 @@ class SaltedCache(api.PagedAttentionCache):
 
     def pages_of(self, batch: list[Any]) -> Paged:
         """Where the requests of this batch find their keys."""
+        assert self.reader is not None
         allocator = self.cache_allocators["full_attention"]
         stride, tables = allocator.block_physical_stride, allocator.block_table
         return Paged(
@@ -132,7 +133,7 @@ class SaltedCache(api.PagedAttentionCache):
     def update(self, key: Tensor, value: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Store the new keys and values; what is in the cache already stays there."""
         if "paged" not in kwargs:
-            return super().update(key, value, layer, kwargs)  # type: ignore[no-any-return]  # as the library says
+            return super().update(key, value, layer, kwargs)
         kwargs["stored"] = self.stored[layer]
         for cache, new in zip(kwargs["stored"], (key, value), strict=True):
             cache.index_copy_(0, kwargs["write_index"][0], new[0].transpose(0, 1))
@@ -341,7 +342,7 @@ class Batching(api.ContinuousBatchingManager):
     @property
     def stall(self) -> str | None:
         """Said if a step has been running for longer than any should."""
-        processor = self.batch_processor
+        processor = cast("Processor | None", self.batch_processor)
         began = [job.began for job in list(self.router.jobs.values()) if job.began is not None]
         if processor is None or not began:
             return None
@@ -352,7 +353,9 @@ class Batching(api.ContinuousBatchingManager):
     def cache_used(self) -> float:
         """The share of the key-value cache that requests hold."""
         processor = self.batch_processor
-        tables: list[Any] = [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
+        tables: list[Any] = (
+            [] if processor is None else [a.block_table for a in processor.cache.cache_allocators.values()]
+        )
         held = [len({page for pages in list(table.values()) for page in list(pages)}) for table in tables]
         return max(held, default=0) / self.pages
 

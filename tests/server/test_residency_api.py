@@ -20,6 +20,8 @@ def test_a_hint_a_pin_and_a_new_version_of_a_pinned_variant(server, base, tmp_pa
     assert (pinned.status_code, pinned.json()["tier"], pinned.json()["pinned"]) == (200, "resident", True)
     put(server, "v", tmp_path, base, 2)
     wait_until(lambda: tier(server, "v") == "resident")
+    server.http.post("/v1/variants/v/rollback").raise_for_status()
+    wait_until(lambda: tier(server, "v") == "resident")
     assert server.http.get("/v1/variants").json()["data"][0]["pinned"]
     assert not server.http.delete("/v1/variants/v/pin").json()["pinned"]
     server.http.put("/v1/variants/v/pin").raise_for_status()

@@ -77,6 +77,8 @@ def test_an_upload_is_answered_with_a_receipt(server, base, made):
         "tensors_applied": 1,
         "tensors_total": 1,
         "quality": None,
+        "tier": "store",
+        "pinned": False,
     }
     assert server.http.get("/v1/variants").json()["data"] == [receipt | {"created": created}]
     one = server.http.get("/v1/variants/team/reviews").json()
