@@ -16,7 +16,7 @@ from deltaserve.server.api import errors
 if TYPE_CHECKING:
     from deltaserve.server.settings import Settings
 
-PUBLIC = ("/health", "/ready", "/docs", "/openapi.json", "/console")
+PUBLIC = ("/health", "/ready", "/docs", "/openapi.json")
 """Open to everybody, with all that is below them: they tell nothing of variants or tenants."""
 
 INFER = (
