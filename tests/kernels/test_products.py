@@ -73,7 +73,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(backend):
 
 
 @backends
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     outs=st.lists(st.sampled_from(SIZES), min_size=1, max_size=3),

@@ -12,7 +12,7 @@ import yaml
 from deltaserve.server.cli import app
 from deltaserve.server.settings import PREFIX, Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

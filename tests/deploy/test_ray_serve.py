@@ -21,7 +21,7 @@ from tiny_models import save, tiny_llama
 pytest.importorskip("ray.serve", reason="the extra 'ray' is not installed")
 pytestmark = pytest.mark.timeout(400)  # Ray starts a dozen processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOSSIP_SECONDS = 3.0
 """Replicas tell Ray's routers about once a second which models they have."""
 LONG = {"max_tokens": 6000, "stream": True, "ignore_eos": True}
@@ -66,7 +66,7 @@ def router(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
         finally:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
-            _, left = psutil.wait_procs([psutil.Process(process.pid), *children], 20)
+            _, left = psutil.wait_procs([psutil.Process(process.pid), *children], 5)
             for one in left:  # how long Ray takes to end is not what is tested
                 one.kill()
 
