@@ -1,13 +1,10 @@
 """The registry in one SQLite file, for any number of threads and server processes on one machine."""
 
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from deltaserve.delta_store.errors import RegistryUnavailable
 from deltaserve.delta_store.registry import (
     Pointer,
     Receipt,
@@ -18,8 +15,8 @@ from deltaserve.delta_store.registry import (
     version_not_found,
 )
 from deltaserve.delta_store.registry.migrations import MIGRATIONS
+from deltaserve.delta_store.sqlite_file import SqliteFile
 
-BUSY_SECONDS = 30.0
 _CURRENT = "SELECT versions.* FROM versions NATURAL JOIN variants"
 _VERSIONS = "SELECT * FROM versions WHERE variant = ? ORDER BY number DESC"
 
@@ -28,22 +25,12 @@ class SqliteRegistry:
     """A Registry on one file, which is made if it is not there."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        with self._translated():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(
-                path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            self._connection.row_factory = sqlite3.Row
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA foreign_keys = ON")
-        self._migrate()
+        self._file = SqliteFile(path, MIGRATIONS)
 
     def register(self, variant: str, receipt: Receipt) -> Registered:
         """Add a version and turn the name to it; a digest that the variant had before is that same version."""
         check_name(variant)
-        with self._transaction() as run:
+        with self._file.transaction() as run:
             run.execute(
                 """INSERT INTO versions (variant, number, created, digest, receipt)
                 SELECT :variant, COALESCE(MAX(number), 0) + 1, :created, :digest, :receipt FROM versions
@@ -66,7 +53,7 @@ class SqliteRegistry:
     def point(self, variant: str, digest: str, canary: str | None = None, share: float = 0.0) -> Pointer:
         """Turn the name to one of its versions, or to two."""
         check_split(digest, canary, share)
-        with self._transaction() as run:
+        with self._file.transaction() as run:
             _pointer(run, variant)
             found = {row["digest"]: _registered(row) for row in run.execute(_VERSIONS, (variant,))}
             for one in (digest, canary):
@@ -81,7 +68,7 @@ class SqliteRegistry:
 
     def pointer(self, variant: str) -> Pointer:
         """Where the name points."""
-        with self._transaction("DEFERRED") as run:
+        with self._file.transaction("DEFERRED") as run:
             return _pointer(run, variant)
 
     def current(self, variant: str) -> Registered:
@@ -90,72 +77,35 @@ class SqliteRegistry:
 
     def versions(self, variant: str) -> Sequence[Registered]:
         """All versions, newest first."""
-        with self._transaction("DEFERRED") as run:
+        with self._file.transaction("DEFERRED") as run:
             _pointer(run, variant)
             return [_registered(row) for row in run.execute(_VERSIONS, (variant,))]
 
     def variants(self) -> Sequence[Registered]:
         """The current version of every variant, by name."""
-        with self._transaction("DEFERRED") as run:
+        with self._file.transaction("DEFERRED") as run:
             return [_registered(row) for row in run.execute(f"{_CURRENT} ORDER BY variant")]
 
     def remove(self, variant: str) -> None:
         """Forget the variant with all its versions."""
-        with self._transaction() as run:
+        with self._file.transaction() as run:
             if not run.execute("DELETE FROM variants WHERE variant = ?", (variant,)).rowcount:
                 raise variant_not_found(variant)
             run.execute("DELETE FROM versions WHERE variant = ?", (variant,))
 
     def digests(self) -> set[str]:
         """The artifacts that some version needs."""
-        with self._transaction("DEFERRED") as run:
+        with self._file.transaction("DEFERRED") as run:
             return {row["digest"] for row in run.execute("SELECT digest FROM versions")}
 
     def check(self) -> None:
         """Whether the file can be read now."""
-        with self._transaction("DEFERRED") as run:
+        with self._file.transaction("DEFERRED") as run:
             run.execute("SELECT 1 FROM variants LIMIT 1")
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._connection.close()
-
-    def _migrate(self) -> None:
-        with self._transaction() as run:
-            run.execute("CREATE TABLE IF NOT EXISTS migrations (number INTEGER PRIMARY KEY, applied REAL NOT NULL)")
-        for number, statements in enumerate(MIGRATIONS, 1):
-            with self._transaction() as run:
-                if run.execute("SELECT 1 FROM migrations WHERE number = ?", (number,)).fetchone():
-                    continue
-                for statement in statements:
-                    run.execute(statement)
-                run.execute("INSERT INTO migrations VALUES (?, ?)", (number, time.time()))
-        with self._transaction("DEFERRED") as run:
-            newest = run.execute("SELECT MAX(number) FROM migrations").fetchone()[0]
-        if newest > len(MIGRATIONS):
-            raise RegistryUnavailable(
-                f"{self._path} was written by a newer deltaserve (step {newest}, known are {len(MIGRATIONS)}); upgrade"
-            )
-
-    @contextmanager
-    def _transaction(self, mode: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        """One transaction; IMMEDIATE waits for other writers at its start, where waiting is safe."""
-        with self._lock, self._translated():
-            self._connection.execute(f"BEGIN {mode}")
-            try:
-                yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise RegistryUnavailable(f"The registry {self._path} does not answer: {error}") from error
+        self._file.close()
 
 
 def _pointer(run: sqlite3.Connection, variant: str) -> Pointer:

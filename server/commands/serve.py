@@ -81,7 +81,7 @@ def bound(host: str, port: int) -> socket.socket:
 def curl_line(settings: Settings, port: int, *, encoder: bool = False) -> str:
     """A command that asks the base."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    asked = '"input": "Hello"' if encoder else '"messages": [{"role": "user", "content": "Hello"}]'
+    asked = '"input": "Hello"' if encoder else '"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60'
     body = f'{{"model": "{settings.base_name}", {asked}}}'
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     route = "embeddings" if encoder else "chat/completions"
