@@ -1,17 +1,20 @@
 """Whether a server stays as it is under load: ``python benchmarks/soak.py [--minutes 30] [--variants 1000]``.
 
-Asks a server of its own for variants by zipf's law, far more of them than fit into its memory, and watches its memory
-and its latencies minute by minute. It measures errors, growth and how far the latencies spread, not speed: it may run
-beside something else (``--note`` says what). Writes results/soak.jsonl and its plot.
+Asks a server of its own for variants by zipf's law, far more of them than fit into its memory, and prints its memory
+and its latencies every minute. Each client waits ``--pause`` seconds between its requests. It measures errors, growth
+and how far the latencies spread, not speed: it may run beside something else (``--note`` says what). Writes
+results/soak.jsonl and its plot.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import shlex
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ import psutil
 from many_variants import DEMO, Served, deltaserve, names, register_copies
 from serving import RESULTS, git, processor
 
-from deltaserve.server.bench.client import Ask, Asking, Outcome, Record
+from deltaserve.server.bench.client import Ask, Asking, Outcome, Record, send
 from deltaserve.server.bench.cold_loads import loads
-from deltaserve.server.bench.load import closed_loop, open_client
+from deltaserve.server.bench.load import open_client
 from deltaserve.server.bench.mix import assign
 from deltaserve.server.bench.prompts import random_prompts
 
@@ -32,6 +35,8 @@ DRAWN = 100_000
 SETTLED_MINUTE = 10
 GROWTH_LIMIT = 0.02
 SPREAD_LIMIT = 3.0
+HOST_BYTES = 2**27
+"""For the artifacts that stay open: full, as the bank is, before the tenth minute."""
 
 Row = dict[str, Any]
 
@@ -42,17 +47,16 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=1000)
     parser.add_argument("--slots", type=int, default=64, help="variants that fit into the server's memory")
     parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between a client's requests")
     parser.add_argument("--threads", type=int, default=1, help="of the server's numeric libraries")
     parser.add_argument("--note", default="nothing else ran", help="what else runs on the machine meanwhile")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for soak.jsonl and the plot")
     args = parser.parse_args()
 
-    import sys
-
     sys.path.insert(0, str(DEMO))
     from base import base_folder
 
-    options = ["--threads", str(args.threads), "--bank-slots", str(args.slots)]
+    options = ["--threads", str(args.threads), "--bank-slots", str(args.slots), "--host-bytes", str(HOST_BYTES)]
     with deltaserve(base_folder(), "base", options) as served:
         register_copies(served, args.variants)
         rows = [setup_row(args), *asyncio.run(soak(served, args))]
@@ -73,22 +77,34 @@ async def soak(served: Served, args: argparse.Namespace) -> list[Row]:
     memory: list[tuple[float, int]] = []
     start = time.perf_counter()
     end = start + 60.0 * args.minutes
-
-    def asks() -> Iterator[Ask]:
-        for model, prompt in zip(models, prompts, strict=True):
-            if time.perf_counter() >= end:
-                return
-            yield Ask(model, prompt)
+    asks = map(Ask, models, prompts)
 
     async with open_client(served.url) as client:
+
+        async def one_client() -> None:
+            while time.perf_counter() < end:
+                records.append(await send(client, asking, next(asks)))
+                await asyncio.sleep(args.pause)
+
         before = await loads(client)
-        watch = asyncio.create_task(watch_memory(served, memory))
-        await closed_loop(client, asking, asks(), args.concurrency, records.append)
-        watch.cancel()
+        watches = [
+            asyncio.create_task(watch_memory(served, memory)),
+            asyncio.create_task(tell(records, memory, start)),
+        ]
+        await asyncio.gather(*(one_client() for _ in range(args.concurrency)))
+        for watch in watches:
+            watch.cancel()
         after = await loads(client)
     cold = None if before is None or after is None else sum((after - before).values())
     minutes = [minute_row(minute, records, memory, start) for minute in range(round(args.minutes + 0.49))]
     return [*minutes, total_row(records, cold)]
+
+
+async def tell(records: Sequence[Record], memory: Sequence[tuple[float, int]], start: float) -> None:
+    """Prints each minute's row once the minute is over."""
+    for minute in count():
+        await asyncio.sleep(max(0.0, start + 60.0 * (minute + 1) - time.perf_counter()))
+        print(json.dumps(minute_row(minute, records, memory, start)), flush=True)
 
 
 async def watch_memory(served: Served, memory: list[tuple[float, int]]) -> None:
@@ -105,11 +121,13 @@ def setup_row(args: argparse.Namespace) -> Row:
         "machine": processor(),
         "cores": os.cpu_count(),
         "commit": git("rev-parse", "--short", "HEAD"),
-        "command": f"python benchmarks/soak.py --minutes {args.minutes:g} --variants {args.variants}",
+        "command": shlex.join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
         "mix": "zipf",
         "variants": args.variants,
         "slots": args.slots,
+        "host_bytes": HOST_BYTES,
         "concurrency": args.concurrency,
+        "pause_s": args.pause,
         "threads": args.threads,
         "niceness": os.nice(0),
         "beside": args.note,
