@@ -12,6 +12,7 @@ from deltaserve.server.api.admission import Answer
 from deltaserve.server.api.bounded import BoundedRoute
 from deltaserve.server.api.chat_parts import Parts, reader
 from deltaserve.server.api.choice import Piece
+from deltaserve.server.api.documented import EVENTS
 from deltaserve.server.api.generating import generate
 from deltaserve.server.api.logprobs import chat_logprobs
 from deltaserve.server.api.responses import (
@@ -31,7 +32,7 @@ from deltaserve.server.api.tokenisers import Tokeniser
 router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute, responses=ERRORS)
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     return await generate(request, body, _prompts, _whole, _chunks)

@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from deltaserve.server.api.admission import Answer
 from deltaserve.server.api.bounded import BoundedRoute
 from deltaserve.server.api.choice import Piece
+from deltaserve.server.api.documented import EVENTS
 from deltaserve.server.api.generating import generate
 from deltaserve.server.api.logprobs import completion_logprobs
 from deltaserve.server.api.responses import (
@@ -25,7 +26,7 @@ from deltaserve.server.api.tokenisers import Tokeniser
 router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute, responses=ERRORS)
 
 
-@router.post("/v1/completions", response_model=Completion)
+@router.post("/v1/completions", response_model=Completion, responses=EVENTS)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts."""
     return await generate(request, body, _prompts, _whole, _chunks)

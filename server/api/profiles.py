@@ -13,6 +13,7 @@ from starlette.datastructures import State
 from deltaserve.delta_store.errors import BaseMismatch, UploadIncomplete
 from deltaserve.delta_store.profile import Profile
 from deltaserve.server.api import errors
+from deltaserve.server.api.documented import FILE_BODY
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_file
 from deltaserve.server.examination import how_to_send
@@ -32,7 +33,7 @@ class ProfileReceipt:
     base: str
 
 
-@router.put("/{digest}", status_code=201)
+@router.put("/{digest}", status_code=201, openapi_extra=FILE_BODY)
 async def put_profile(digest: Digest, request: Request) -> ProfileReceipt:
     """Store the activation profile in the body; its SHA-256 must be ``digest``, and its base the one served here."""
     state = request.app.state
