@@ -13,7 +13,7 @@ demo: .venv/installed
 	.venv/bin/python deploy/demo/run.py --port $(PORT)
 
 test: .venv-test/installed
-	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .

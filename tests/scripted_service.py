@@ -1,5 +1,6 @@
 """The whole application over real HTTP on loopback, with an engine that says what it is told to."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -64,16 +65,17 @@ class Service:
 def serving(folder: Path, engine: ScriptedEngine, **settings: object) -> Iterator[Service]:
     """The application with ``engine``, on a free port of loopback."""
     app = create_app(Settings(base="base", store=folder, **settings), engine)
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="info", timeout_graceful_shutdown=1)
-    )
-    thread = threading.Thread(target=server.run)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=1))
+    listening = socket.create_server(("127.0.0.1", 0))
+    # Small, so that a client who reads nothing is felt soon; the kernel's own would take megabytes of an answer.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        port = listening.getsockname()[1]
         yield Service(f"http://127.0.0.1:{port}", app, engine)
     finally:
         server.should_exit = True

@@ -71,7 +71,7 @@ def test_f_client_gone_while_it_waits(service: Any, stream: bool) -> None:
 
 def test_f_client_gone_stops_reading(service: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(streaming, "SLOW_READER_SECONDS", 0.5)
-    service.engine.script = lambda *_: Script([50], endless=True, every_s=0.0)
+    service.engine.script = lambda *_: Script([50], endless=True, every_s=0.001)  # 100 s, if nobody ends it
     host, port = service.url.removeprefix("http://").split(":")
     body = httpx.Request("POST", service.url, json=ASK | {"stream": True}).content
     with socket.socket() as connection:
