@@ -37,6 +37,23 @@ if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
 
 
+ROUTES = (
+    chat,
+    completions,
+    embeddings,
+    classify,
+    models,
+    operations,
+    keys,
+    usage,
+    profiles,
+    residency,
+    versions,
+    variants,
+)
+"""The modules with routes; of two that fit an address the first one answers."""
+
+
 def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = None) -> FastAPI:
     """The server as an ASGI application; ``engine`` None loads one as the settings say.
 
@@ -58,20 +75,7 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
     app.state.tokenisers = Tokenisers(app.state.engine.tokenizer)
     app.state.engine.watch(app.state.metrics)
     errors.install(app)
-    for module in (
-        chat,
-        completions,
-        embeddings,
-        classify,
-        models,
-        operations,
-        keys,
-        usage,
-        profiles,
-        residency,
-        versions,
-        variants,
-    ):
+    for module in ROUTES:
         app.include_router(module.router)
     return app
 
