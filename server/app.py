@@ -29,6 +29,7 @@ from deltaserve.server.api import (
     versions,
 )
 from deltaserve.server.api.tokenisers import Tokenisers
+from deltaserve.server.console import figures, page
 from deltaserve.server.settings import Settings
 from deltaserve.server.version import installed_version
 
@@ -50,6 +51,7 @@ ROUTES = (
     residency,
     versions,
     variants,
+    figures,
 )
 """The modules with routes; of two that fit an address the first one answers."""
 
@@ -77,6 +79,7 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
     errors.install(app)
     for module in ROUTES:
         app.include_router(module.router)
+    page.install(app)
     return app
 
 

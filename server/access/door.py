@@ -16,8 +16,8 @@ from deltaserve.server.api import errors
 if TYPE_CHECKING:
     from deltaserve.server.settings import Settings
 
-PUBLIC = ("/health", "/ready", "/docs", "/openapi.json")
-"""Open to everybody, with all that is below them: they tell nothing of variants or tenants."""
+PUBLIC = ("/health", "/ready", "/docs", "/openapi.json", "/console")
+"""Open to everybody, with all that is below them: they tell nothing of variants or tenants (the console is files)."""
 
 INFER = (
     ("POST", "/v1/chat/completions"),
@@ -26,6 +26,7 @@ INFER = (
     ("POST", "/v1/responses"),
     ("GET", "/v1/models"),
     ("GET", "/v1/usage"),
+    ("GET", "/v1/console"),
 )
 """What a key of role infer may do, with all that is below."""
 
