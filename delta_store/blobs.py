@@ -126,11 +126,15 @@ class HashingFile:
         """SHA-256 of what was written so far, in hex."""
         return self._hash.hexdigest()
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def __enter__(self) -> "HashingFile":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        self.close()
 
 
 def open_blobs(root: Path, url: str | None, part: str) -> BlobStore:

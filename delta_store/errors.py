@@ -19,7 +19,16 @@ DeltaServeError
 │   └── RegistryUnavailable    the registry's server or file, or the object store, does not answer
 ├── UploadError
 │   ├── UploadTooLarge
-│   └── UploadIncomplete
+│   ├── UploadIncomplete
+│   ├── UploadClosed           it was completed, cancelled or has expired
+│   └── StorageFull            the disk has no room for it
+├── FileError
+│   ├── FileNotFound           no file has this id
+│   └── UploadNotFound         no upload has this id
+├── JobError
+│   ├── JobNotFound            no job has this id
+│   ├── JobFinished            too late to cancel it
+│   └── JobFailed              its worker crashed, or needed more memory than it may have
 ├── AccessError                who asks may not, or not now (``headers`` go with the answer)
 │   ├── KeyRefused             no API key, or one that is unknown or revoked
 │   ├── KeyNotFound
@@ -120,6 +129,42 @@ class UploadTooLarge(UploadError):
 
 class UploadIncomplete(UploadError):
     """The body ended early, or did not match its announced length or checksum."""
+
+
+class UploadClosed(UploadError):
+    """It was completed, cancelled or has expired."""
+
+
+class StorageFull(UploadError):
+    """The disk has no room for it."""
+
+
+class FileError(DeltaServeError):
+    """A stored file or an upload cannot be used."""
+
+
+class FileNotFound(FileError):
+    """No file has this id."""
+
+
+class UploadNotFound(FileError):
+    """No upload has this id."""
+
+
+class JobError(DeltaServeError):
+    """A job cannot be shown, cancelled or finished."""
+
+
+class JobNotFound(JobError):
+    """No job has this id."""
+
+
+class JobFinished(JobError):
+    """Too late to cancel it."""
+
+
+class JobFailed(JobError):
+    """Its worker crashed, or needed more memory than it may have."""
 
 
 class AccessError(DeltaServeError):

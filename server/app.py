@@ -19,8 +19,12 @@ from deltaserve.server.api import (
     completions,
     embeddings,
     errors,
+    file_uploads,
+    files,
+    jobs,
     keys,
     models,
+    new_variant,
     operations,
     profiles,
     residency,
@@ -29,7 +33,10 @@ from deltaserve.server.api import (
     versions,
 )
 from deltaserve.server.api.tokenisers import Tokenisers
-from deltaserve.server.console import figures, page
+from deltaserve.server.files.store import FileStore
+from deltaserve.server.files.uploads import Uploads
+from deltaserve.server.jobs.runner import Runner
+from deltaserve.server.jobs.store import JobStore
 from deltaserve.server.settings import Settings
 from deltaserve.server.version import installed_version
 
@@ -47,10 +54,14 @@ ROUTES = (
     operations,
     keys,
     usage,
+    files,
+    file_uploads,
     profiles,
     residency,
     versions,
+    new_variant,
     variants,
+    jobs,
     figures,
 )
 """The modules with routes; of two that fit an address the first one answers."""
@@ -60,7 +71,8 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
     """The server as an ASGI application; ``engine`` None loads one as the settings say.
 
     ``app.state`` has ``settings``, ``engine`` (started while the application runs), ``registry``, ``blobs``
-    (artifacts), ``profiles`` (activation profiles, a BlobStore from which nothing is removed), ``tokenisers`` and
+    (artifacts), ``profiles`` (activation profiles, a BlobStore from which nothing is removed), ``files``, ``uploads``
+    (parts of files that are on their way), ``jobs`` and their ``runner``, ``tokenisers`` and
     ``examinations``, which lets one upload at a time have the processor; operating.py adds more. Raises the
     DeltaServeError that stands in the way of serving.
     """
@@ -69,17 +81,20 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
     operating.install(app, settings)
     app.state.blobs = open_blobs(settings.folder / "blobs", settings.blobs, "blobs")
     app.state.profiles = open_blobs(settings.folder / "profiles", settings.blobs, "profiles")
+    app.state.files = FileStore(settings.folder / "files", settings.folder / "files.sqlite3")
+    app.state.uploads = Uploads(app.state.files, settings.upload_seconds)
+    app.state.jobs = JobStore(settings.folder / "jobs", settings.folder / "jobs.sqlite3")
     app.state.registry = open_registry(
         settings.registry, settings.folder / "registry.sqlite3", settings.registry_prefix
     )
     app.state.blobs.sweep(app.state.registry.digests)
     app.state.engine = engine or load_engine(settings, app.state.profiles)
     app.state.tokenisers = Tokenisers(app.state.engine.tokenizer)
+    app.state.runner = runner_of(app)
     app.state.engine.watch(app.state.metrics)
     errors.install(app)
     for module in ROUTES:
         app.include_router(module.router)
-    page.install(app)
     return app
 
 
@@ -90,11 +105,29 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         for name in app.state.settings.pin:
             await residency.keep(app.state, name)
+        app.state.runner.start()
         yield
     finally:
+        await run_in_threadpool(app.state.runner.stop)
         await run_in_threadpool(app.state.engine.stop)
         await run_in_threadpool(operating.close, app)
         app.state.registry.close()
+        app.state.files.close()
+        app.state.jobs.close()
+
+
+def runner_of(app: FastAPI) -> Runner:
+    """What runs compression jobs for this application."""
+    settings, state = app.state.settings, app.state
+    return Runner(
+        state.jobs,
+        lambda job, made: new_variant.register_made(job, made, state),
+        base=settings.base,
+        profile=settings.folder / "jobs" / f"profile-{state.engine.fingerprint}.safetensors",
+        at_once=settings.max_jobs,
+        memory_bytes=settings.job_memory_bytes,
+        threads=settings.job_threads,
+    )
 
 
 def load_engine(settings: Settings, profiles: BlobStore) -> "Engine | EncoderEngine":

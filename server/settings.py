@@ -44,6 +44,13 @@ class Settings(BaseSettings):
     max_upload_bytes: PositiveInt = Field(4 * 2**30, description="Largest body of an upload, in bytes")
     max_upload_parts: PositiveInt = Field(32, description="Most parts of a multipart upload")
     upload_idle_seconds: PositiveFloat = Field(30.0, description="Longest pause of an upload before it is refused")
+    max_file_bytes: PositiveInt = Field(64 * 2**30, description="Largest file that is sent in parts, in bytes")
+    upload_seconds: PositiveFloat = Field(86400.0, description="Longest time from the first to the last of such parts")
+    max_jobs: PositiveInt = Field(1, description="Most compression jobs that run at once; the others wait")
+    job_memory_bytes: PositiveInt = Field(
+        16 * 2**30, description="Memory that a job may use before it is ended, in bytes"
+    )
+    job_threads: PositiveInt = Field(1, description="Threads of a job, which gives way to serving")
     bank_bytes: PositiveInt = Field(2**30, description="Memory for the decoded deltas of loaded variants, in bytes")
     bank_slots: PositiveInt = Field(64, description="Most variants in memory at once")
     host_bytes: PositiveInt = Field(2**32, description="Artifacts that stay open on the host, in bytes of their files")

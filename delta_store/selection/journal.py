@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,12 +59,7 @@ class Journal:
         if not self.resumed:
             path.write_text(f"{self.header}\n")
             return
-        for line in lines[1:]:
-            try:
-                key, text, point = _LINE.validate_json(line)
-            except ValidationError:  # the line that was being written when the search was interrupted
-                continue
-            self.points[key, text] = point
+        self.points = _points(lines[1:])
         if not path.read_text().endswith("\n"):
             with path.open("a") as file:
                 file.write("\n")
@@ -75,6 +71,22 @@ class Journal:
             file.write(json.dumps([key, text, asdict(point)]) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def read_points(path: Path) -> dict[tuple[str, str], Point]:
+    """What a search has measured so far, by candidate's key and text; nothing where there is no journal yet."""
+    return _points(_lines(path)[1:])
+
+
+def _points(lines: Sequence[str]) -> dict[tuple[str, str], Point]:
+    points: dict[tuple[str, str], Point] = {}
+    for line in lines:
+        try:
+            key, text, point = _LINE.validate_json(line)
+        except ValidationError:  # the line that was being written when the search was interrupted
+            continue
+        points[key, text] = point
+    return points
 
 
 def _lines(path: Path) -> list[str]:

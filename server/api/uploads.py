@@ -3,9 +3,10 @@
 import asyncio
 import base64
 import binascii
+import errno
 import re
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastapi import Request
@@ -13,8 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from deltaserve.delta_store.blobs import DIGEST, HashingFile
-from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadTooLarge
-from deltaserve.server.api.forms import Form
+from deltaserve.delta_store.errors import StorageFull, UploadError, UploadIncomplete, UploadTooLarge
+from deltaserve.server.api.multipart import Multipart
 
 PIECE_BYTES = 2**20
 """Bytes gathered before they are hashed and written, off the event loop."""
@@ -26,7 +27,7 @@ async def receive_file(request: Request, path: Path, max_bytes: int) -> str:
     Raises UploadTooLarge as soon as ``max_bytes`` is passed, UploadIncomplete if the body is not what was announced.
     """
     announced = announced_digest(request)
-    with HashingFile(path) as file:
+    with room(), HashingFile(path) as file:
         async for piece in pieces(request, max_bytes):
             await run_in_threadpool(file.write, piece)
     if announced and announced != file.digest:
@@ -34,18 +35,28 @@ async def receive_file(request: Request, path: Path, max_bytes: int) -> str:
     return file.digest
 
 
-async def receive_form(request: Request, folder: Path, max_bytes: int, max_parts: int) -> Form:
-    """Write a multipart body's files into ``folder``. Raises as ``receive_file`` and Form do."""
+async def receive_form(request: Request, form: Multipart, max_bytes: int) -> None:
+    """Give a multipart body to ``form``. Raises as ``receive_file`` and the form do."""
     if announced_digest(request):
         raise UploadError("A form's checksum is not checked; send the artifact as the body to PUT /v1/variants/{name}")
-    form = Form(request.headers.get("content-type", ""), folder, max_parts)
     try:
-        async for piece in pieces(request, max_bytes):
-            await run_in_threadpool(form.write, piece)
-        form.close()
+        with room():
+            async for piece in pieces(request, max_bytes):
+                await run_in_threadpool(form.write, piece)
+            form.close()
     finally:
         form.discard()
-    return form
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """A full disk is a StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StorageFull(f"The server's disk is full ({error.strerror}); ask whoever runs it to make room") from error
 
 
 async def pieces(request: Request, max_bytes: int) -> AsyncIterator[bytes]:

@@ -15,9 +15,10 @@ from starlette.datastructures import State
 
 from deltaserve.delta_store.errors import InvalidName
 from deltaserve.delta_store.registry import Registered, check_name
+from deltaserve.server.api.documented import FILE_BODY
 from deltaserve.server.api.residency import follow, is_pinned
 from deltaserve.server.api.responses import ERRORS
-from deltaserve.server.api.uploads import receive_file, receive_form
+from deltaserve.server.api.uploads import receive_file
 from deltaserve.server.engine.bank import Tier
 from deltaserve.server.examination import examine, told_of_the_upload
 
@@ -78,7 +79,7 @@ class VariantRemoved:
     deleted: bool
 
 
-@router.put("/{name:path}", status_code=201)
+@router.put("/{name:path}", status_code=201, openapi_extra=FILE_BODY)
 async def put_variant(name: str, request: Request) -> VariantReceipt:
     """Register the artifact in the body as the newest version of ``name``.
 
@@ -89,19 +90,6 @@ async def put_variant(name: str, request: Request) -> VariantReceipt:
     with state.blobs.workspace() as folder:
         await receive_file(request, folder / "artifact", state.settings.max_upload_bytes)
         return await to_thread.run_sync(register, name, folder / "artifact", state, limiter=state.examinations)
-
-
-@router.post("", status_code=201)
-async def post_variant(request: Request) -> VariantReceipt:
-    """The same as a form: ``name`` and ``artifact``, or ``adapter`` with a LoRA's two files, encoded on arrival."""
-    state = request.app.state
-    settings = state.settings
-    with state.blobs.workspace() as folder:
-        form = await receive_form(request, folder, settings.max_upload_bytes, settings.max_upload_parts)
-        check_free(form.name, state)
-        if form.adapter:
-            await to_thread.run_sync(encode, form.adapter, folder / "artifact", state, limiter=state.examinations)
-        return await to_thread.run_sync(register, form.name, folder / "artifact", state, limiter=state.examinations)
 
 
 @router.get("")

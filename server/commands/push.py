@@ -90,7 +90,7 @@ def _send_profile(client: "httpx.Client", progress: Progress, file: Path, given:
 def _send_adapter(client: "httpx.Client", progress: Progress, folder: Path, name: str) -> Any:
     """POST the files of a LoRA adapter; the server encodes them."""
     from deltaserve.delta_store.variant_files import VARIANT_FILES
-    from deltaserve.server.api.forms import ADAPTER_FILES
+    from deltaserve.server.files.contents import ADAPTER_FILES
 
     with ExitStack() as stack:
         parts = []

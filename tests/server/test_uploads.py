@@ -138,7 +138,9 @@ def test_a_form_that_is_cut_short_or_none_at_all_is_refused(server):
     cut = b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nv'
     refusal(server.http.post("/v1/variants", content=cut, headers=head), 400, "upload_incomplete")
     refusal(server.http.post("/v1/variants", content=b"nonsense", headers=head), 400, "upload_refused")
-    assert "multipart/form-data" in refusal(server.http.post("/v1/variants", json={}), 400, "upload_refused")
+    sent = server.http.post("/v1/variants", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert "multipart/form-data" in refusal(sent, 400, "upload_refused")
+    refusal(server.http.post("/v1/variants", json={}), 400, "missing_required_parameter")
     head = {"Content-Type": f"multipart/form-data; boundary={'b' * 71}"}
     assert "1 to 70 bytes" in refusal(
         server.http.post("/v1/variants", content=b"", headers=head), 400, "upload_refused"
