@@ -62,7 +62,6 @@ ROUTES = (
     new_variant,
     variants,
     jobs,
-    figures,
 )
 """The modules with routes; of two that fit an address the first one answers."""
 
