@@ -10,3 +10,6 @@ EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
 
 FILE_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/octet-stream": _FILE}}}
 """``openapi_extra`` of a route that takes a file as its body."""
+
+FILE: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": _FILE}}}
+"""``responses`` of a route that answers with a file."""

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_CHOICES = 128
@@ -53,6 +62,10 @@ class Between:
 
         return core_schema.no_info_before_validator_function(check, handler(source))
 
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        least = "exclusiveMinimum" if self.above else "minimum"
+        return handler(schema) | {least: self.low, "maximum": self.high}
+
     def range(self, kind: type) -> str:
         """The allowed values, in words."""
         number = "a whole number" if kind is int else "a number"
@@ -60,19 +73,26 @@ class Between:
         return f"{number} {bounds}"
 
 
-def only(*accepted: Any) -> AfterValidator:
+class only:  # noqa: N801  (reads as a word where fields are declared)
     """Marks a field that OpenAI has and deltaserve has not: just the values that ask for nothing are accepted."""
 
-    def check(value: Any) -> Any:
-        if not any(type(value) is type(known) and value == known for known in accepted):
-            choices = "".join(f", or set it to {known!r}" for known in accepted)
-            raise PydanticCustomError(
-                "not_there_yet",
-                f"is not supported; leave it out{choices}; got {shown(value)}",
-            )
-        return value
+    def __init__(self, *accepted: Any) -> None:
+        self.accepted = accepted
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def check(value: Any) -> Any:
+            if not any(type(value) is type(known) and value == known for known in self.accepted):
+                choices = "".join(f", or set it to {known!r}" for known in self.accepted)
+                raise PydanticCustomError(
+                    "not_there_yet",
+                    f"is not supported; leave it out{choices}; got {shown(value)}",
+                )
+            return value
+
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(schema) | {"enum": [*self.accepted, None], "description": "Not supported"}
 
 
 def _text(value: str) -> str:

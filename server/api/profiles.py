@@ -13,7 +13,7 @@ from starlette.datastructures import State
 from deltaserve.delta_store.errors import BaseMismatch, UploadIncomplete
 from deltaserve.delta_store.profile import Profile
 from deltaserve.server.api import errors
-from deltaserve.server.api.documented import FILE_BODY
+from deltaserve.server.api.documented import FILE, FILE_BODY
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_file
 from deltaserve.server.examination import how_to_send
@@ -46,7 +46,7 @@ async def put_profile(digest: Digest, request: Request) -> ProfileReceipt:
 
 
 @router.head("/{digest}", include_in_schema=False)
-@router.get("/{digest}", response_class=FileResponse)
+@router.get("/{digest}", response_class=FileResponse, responses=FILE)
 def get_profile(digest: Digest, request: Request) -> Response:
     """The profile's file."""
     path = request.app.state.profiles.fetched(digest)
