@@ -23,6 +23,7 @@ from deltaserve.server.api import (
     files,
     jobs,
     keys,
+    lora_adapters,
     models,
     new_variant,
     operations,
@@ -61,6 +62,7 @@ ROUTES = (
     versions,
     new_variant,
     variants,
+    lora_adapters,
     jobs,
 )
 """The modules with routes; of two that fit an address the first one answers."""

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         16 * 2**30, description="Memory that a job may use before it is ended, in bytes"
     )
     job_threads: PositiveInt = Field(1, description="Threads of a job, which gives way to serving")
+    adapter_folders: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Folders from which /v1/load_lora_adapter may load, as FOLDER,FOLDER; none if not given"
+    )
     bank_bytes: PositiveInt = Field(2**30, description="Memory for the decoded deltas of loaded variants, in bytes")
     bank_slots: PositiveInt = Field(64, description="Most variants in memory at once")
     host_bytes: PositiveInt = Field(2**32, description="Artifacts that stay open on the host, in bytes of their files")
@@ -106,7 +109,7 @@ class Settings(BaseSettings):
         30.0, description="Longest time that running requests may take to finish once the server is told to stop"
     )
 
-    @field_validator("pin", mode="before")
+    @field_validator("pin", "adapter_folders", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
