@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import psutil
 
 from deltaserve.delta_store.blobs import BlobStore, digest_of
 from deltaserve.delta_store.registry.sqlite import SqliteRegistry
@@ -34,6 +35,19 @@ class Served:
     url: str
     process: "subprocess.Popen[bytes]"
     store: Path | None = None
+
+    def pause(self) -> None:
+        """Stop it and the processes that it started, until ``resume``."""
+        for process in self._processes():
+            process.suspend()
+
+    def resume(self) -> None:
+        for process in self._processes():
+            process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
 
 
 def copy_of(artifact: Path, number: int) -> bytes:

