@@ -2,28 +2,25 @@
 
 Peak memory is about four times the largest tensor in float32 (base, fine-tune, their difference, and what a method
 needs of it) and twice the encoded output; never a whole model. Two things that are only done when they are needed do
-hold models: computing a base's profile for the first time (one model), tuning q and ``evaluate`` (two).
+hold models: computing a base's profile for the first time and ``evaluate`` (one model, ``evaluate`` also 4 bytes for
+each scored token and word of the vocabulary), tuning q (two).
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from deltaserve.delta_store.architecture import Architecture
+from deltaserve.delta_store.artifact_file import ArtifactFile, Parts, is_weighted
 from deltaserve.delta_store.calibration import calibration_samples, profile_for
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
-from deltaserve.delta_store.codec.artifact import Artifact, open_artifact, write_artifact
 from deltaserve.delta_store.codec.parts import Stored
 from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
 from deltaserve.delta_store.fine_tune import Change, FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
-from deltaserve.delta_store.heads import config_file
 from deltaserve.delta_store.heap import give_back
 from deltaserve.delta_store.lora import is_adapter
 from deltaserve.delta_store.plain_model import embedding_names
@@ -34,18 +31,16 @@ from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, divided
 from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.delta_store.pruning.whole import Encoded, dense, exact_codec
-from deltaserve.delta_store.quality import EVALUATION_TOKENS, Quality, check_answers, measure
+from deltaserve.delta_store.quality import EVALUATION_TOKENS, Judge, Quality, check_answers
+from deltaserve.delta_store.report import plain_dare, report, sizes
+from deltaserve.delta_store.selection.candidate import Candidate
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
-from deltaserve.delta_store.variant_files import differing_files
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
 
 Count = Callable[[int, int], None]
 """The same within one stage."""
-
-Parts = list[tuple[str, Spec, Stored]]
-"""By parameter name, what stands for its delta."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +113,11 @@ def compress(
         with file.draft(parts) as draft:
             stage = stage_of(progress, "Tune")
             parts = divided(parts, chosen.tune(base_checkpoint, fine_tune, draft, tuned_on, settings, stage))
-    quality = None
+    quality, written = None, None
     if held_out is not None:
-        with file.draft(parts) as draft:
-            quality = measure(base_checkpoint, fine_tune, draft, needed, held_out, stage_of(progress, "Evaluate"))
-    digest = file.write(out, parts, None if quality is None else asdict(quality))
+        judge = Judge(base_checkpoint, fine_tune, held_out, stage_of(progress, "Evaluate"))
+        quality, written = _report(judge, file, parts, facts)
+    digest = file.write(out, parts, written)
     return Receipt(
         path=str(out),
         digest=digest,
@@ -138,60 +133,18 @@ def compress(
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ArtifactFile:
-    """Everything about an artifact that is to be written to ``out`` but its parts and their quality.
-
-    ``q`` is what a search divided survivors by, beside their probability.
-    """
-
-    out: Path
-    base: Checkpoint
-    fine_tune: FineTune
-    base_fingerprint: str
-    profile: Profile | None
-    method: Method
-    options: Options
-    warnings: tuple[str, ...]
-    q: float = 1.0
-
-    def write(self, path: Path, parts: Parts, quality: dict[str, JsonValue] | None) -> str:
-        """Returns the digest."""
-        return write_artifact(
-            path,
-            base=self.base_fingerprint,
-            tied_head=self.fine_tune.tied_head,
-            parts=parts,
-            profile=self.profile.digest if self.profile else None,
-            provenance=self._provenance(),
-            quality=quality,
-            files=differing_files(self.base.folder, self.fine_tune.folder)
-            | config_file(self.base.architecture, self.fine_tune.architecture),
-        )
-
-    @contextmanager
-    def draft(self, parts: Parts) -> Iterator[Artifact]:
-        """The artifact as far as it is known, in a file beside ``out`` that is gone afterwards."""
-        path = self.out.with_name(f".{self.out.name}.{os.getpid()}.draft")
-        try:
-            self.write(path, parts, None)
-            yield open_artifact(path)
-        finally:
-            path.unlink(missing_ok=True)
-
-    def _provenance(self) -> dict[str, JsonValue]:
-        """How the artifact came to be; no times and no paths, so that the same work gives the same file."""
-        return {
-            "method": self.method.name,
-            "options": {name: getattr(self.options, name) for name in self.method.defaults},
-            **({} if self.q == 1 else {"q": self.q}),
-            "base": self.base.folder.name,
-            "fine_tuned": self.fine_tune.folder.name,
-            "dtype": str(self.fine_tune.dtype).removeprefix("torch."),
-            "parameters": self.fine_tune.parameters,
-            "warnings": list(self.warnings),
-            "deltaserve": deltaserve_version(),
-        }
+def _report(judge: Judge, file: ArtifactFile, parts: Parts, facts: BaseFacts) -> tuple[Quality, dict[str, JsonValue]]:
+    """What the artifact keeps, and its report: the same of plain DARE beside it."""
+    with file.draft(parts) as draft:
+        quality, size = judge.quality(draft, file.profile), sizes(draft, facts.embeddings)
+        rank = file.options.rank if "rank" in file.method.defaults else None
+        settings = plain_dare(file.base, draft, facts.embeddings, rank)
+    dare = METHODS["dare"]
+    options = dare.options(settings)
+    dare_parts = encode_parts(dare, options, file.base, file.fine_tune, facts, lambda done, total: None)
+    with replace(file, profile=None, method=dare, options=options).draft(dare_parts) as draft:
+        made_by, used = Candidate(dare.name, tuple(sorted(settings.items()))).label, draft.path.stat().st_size
+        return quality, report(quality, size, judge.quality(draft, None), made_by, used)
 
 
 def method_for(name: str | None, fine_tuned: str | Path) -> Method:
@@ -283,23 +236,10 @@ def _check_shape(name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def is_weighted(parts: Parts) -> bool:
-    """Whether serving these parts needs the profile."""
-    return any(isinstance(spec, SparseSpec) and spec.mask == "weighted" for _, spec, _ in parts)
-
-
 def divisors(parts: Parts) -> tuple[float, float] | None:
     """The least and the largest q."""
     found = [spec.divisor for _, spec, _ in parts if isinstance(spec, SparseSpec | FactorsSpec)]
     return (min(found), max(found)) if found else None
-
-
-def deltaserve_version() -> str:
-    """Of the installed package."""
-    try:
-        return version("deltaserve")
-    except PackageNotFoundError:
-        return "from source"
 
 
 def stage_of(progress: Progress, name: str) -> Count:

@@ -1,12 +1,14 @@
 """How much of a fine-tune an artifact keeps: its predictions beside those of the full fine-tune, on given text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.checkpoint import Checkpoint
@@ -28,8 +30,9 @@ class Quality:
     """Measured in float32 over ``tokens`` predicted tokens, in nats; over texts where texts are classified.
 
     ``kl_mean`` and ``kl_p99``: Kullback-Leibler divergence of the artifact's predictions from the full fine-tune's.
-    ``top1_agreement``: how often both put the same token first. ``loss_*``: cross-entropy of the text; the base's is
-    None where the text holds tokens that only the fine-tune has, or the base does not classify.
+    ``top1_agreement``: how often both put the same token first. ``loss_*``: cross-entropy of the text. ``gain_kept``:
+    the share of what fine-tuning gained in loss; None where it gained nothing on this text. ``*_base``: the bare
+    base's; None where the text holds tokens that only the fine-tune has, or the base does not classify.
     """
 
     tokens: int
@@ -39,6 +42,9 @@ class Quality:
     loss_base: float | None
     loss_fine_tuned: float
     loss_artifact: float
+    gain_kept: float | None
+    kl_base: float | None
+    top1_agreement_base: float | None
 
 
 def check_answers(path: Path, samples: Sequence[Sample], fine_tune: FineTune) -> None:
@@ -54,28 +60,52 @@ def check_answers(path: Path, samples: Sequence[Sample], fine_tune: FineTune) ->
         raise OptionError(f"{path} has label {wrong[0]}, but {architecture.name} has {classes} classes")
 
 
-@torch.inference_mode()
-def measure(
-    base: Checkpoint,
-    fine_tune: FineTune,
-    artifact: Artifact,
-    profile: Profile | None,
-    samples: Sequence[Sample],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Quality:
-    """Run base, full fine-tune and artifact over the samples. Takes the memory of two models in float32."""
-    loss_base = _base_loss(base, fine_tune, samples)
-    full, merged = full_model(base, fine_tune), merged_model(base, artifact, profile)
-    rows = []
-    for done, sample in enumerate(samples):
-        progress(done, len(samples))
-        rows.append(compare(outputs(full, sample), outputs(merged, sample), targets(sample)))
-    return quality_of(torch.cat(rows, 1), loss_base)
+class Judge:
+    """The full fine-tune's predictions on some text, beside which artifacts are put.
+
+    Takes the memory of one model in float32, and 4 bytes for each scored token and word of the vocabulary. ``progress``
+    counts the samples of each model that is run.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        fine_tune: FineTune,
+        samples: Sequence[Sample],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._base, self._samples, self._progress = base, samples, progress
+        with torch.inference_mode():
+            full = full_model(base, fine_tune)
+            self._wanted = [outputs(full, sample) for sample in self._counted()]
+            del full
+            bare = _bare_base(base, fine_tune, samples)
+            self._of_base = None if bare is None else self._compared(bare)
+            del bare
+
+    @torch.inference_mode()
+    def quality(self, artifact: Artifact, profile: Profile | None) -> Quality:
+        """What the artifact keeps."""
+        return quality_of(self._compared(merged_model(self._base, artifact, profile)), self._of_base)
+
+    def _compared(self, model: Any) -> Tensor:
+        rows = []
+        for sample, wanted in zip(self._counted(), self._wanted, strict=True):
+            given = outputs(model, sample)
+            missing = wanted.shape[1] - given.shape[1]  # tokens that the base lacks: to it they are impossible
+            rows.append(compare(wanted, pad(given, (0, missing), value=-inf), targets(sample)))
+        return torch.cat(rows, 1)
+
+    def _counted(self) -> Iterator[Sample]:
+        for done, sample in enumerate(self._samples):
+            self._progress(done, len(self._samples))
+            yield sample
 
 
-def quality_of(rows: Tensor, loss_base: float | None) -> Quality:
-    """The report of what ``compare`` gave for all tokens."""
-    divergence, agreement, loss_fine_tuned, loss_artifact = rows.double()
+def quality_of(rows: Tensor, base: Tensor | None) -> Quality:
+    """The report of what ``compare`` gave for all tokens, for an artifact and for the bare base."""
+    divergence, agreement, loss_fine_tuned, loss = rows.double()
+    divergence_base, agreement_base, _, loss_base = (None,) * 4 if base is None else base.double().mean(1).tolist()
     return Quality(
         tokens=len(divergence),
         kl_mean=divergence.mean().item(),
@@ -83,8 +113,17 @@ def quality_of(rows: Tensor, loss_base: float | None) -> Quality:
         top1_agreement=agreement.mean().item(),
         loss_base=loss_base,
         loss_fine_tuned=loss_fine_tuned.mean().item(),
-        loss_artifact=loss_artifact.mean().item(),
+        loss_artifact=loss.mean().item(),
+        gain_kept=gain_kept(loss_base, loss_fine_tuned.mean().item(), loss.mean().item()),
+        kl_base=None if divergence_base == inf else divergence_base,
+        top1_agreement_base=agreement_base,
     )
+
+
+def gain_kept(base: float | None, fine_tuned: float, loss: float) -> float | None:
+    """Which share of what fine-tuning gained in loss is kept; None where it gained nothing on this text."""
+    gained = 0.0 if base is None else base - fine_tuned
+    return (base - loss) / gained if base is not None and gained > 0 else None
 
 
 def full_model(base: Checkpoint, fine_tune: FineTune) -> Any:
@@ -145,13 +184,13 @@ def _divergence(wanted: Tensor, given: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - given)).sum(1)
 
 
-def _base_loss(base: Checkpoint, fine_tune: FineTune, samples: Sequence[Sample]) -> float | None:
+def _bare_base(base: Checkpoint, fine_tune: FineTune, samples: Sequence[Sample]) -> Any | None:
+    """None where it cannot predict what the fine-tune does."""
     vocabulary = base.shape(base.architecture.embedding)[0]
     has_tokens = all(token < vocabulary for sample in samples for token in sample.ids)
     if not has_tokens or base.architecture.name != fine_tune.architecture.name:
         return None
-    model = _model(base.architecture, ((name, base.read(name)) for name in base.names), vocabulary, base.tied)
-    return loss(model, samples)
+    return _model(base.architecture, ((name, base.read(name)) for name in base.names), vocabulary, base.tied)
 
 
 def _model(architecture: Architecture, tensors: Any, vocabulary: int, tied: bool) -> Any:

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from deltaserve.delta_store.artifact_file import deltaserve_version
 from deltaserve.delta_store.cache_folder import identity
 from deltaserve.delta_store.calibration import profile_for
-from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.compress import (
     Progress,
     Receipt,
     check_fits,
     check_output,
-    deltaserve_version,
     facts_of,
     method_for,
     stage_of,
@@ -31,6 +31,7 @@ from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.pruning.options import Value
+from deltaserve.delta_store.report import least_density, sizes
 from deltaserve.delta_store.selection.approach import approach, best_of
 from deltaserve.delta_store.selection.bench import Bench
 from deltaserve.delta_store.selection.candidate import Candidate, families
@@ -38,7 +39,7 @@ from deltaserve.delta_store.selection.delta_size import delta_size
 from deltaserve.delta_store.selection.journal import Journal, Point
 from deltaserve.delta_store.selection.laboratory import BASE, Laboratory
 from deltaserve.delta_store.selection.plot import can_plot, check_plot, draw
-from deltaserve.delta_store.selection.report import quality, report, sizes
+from deltaserve.delta_store.selection.report import full_report, quality
 from deltaserve.delta_store.selection.search import HELD_OUT, SHORT, Found, Search
 from deltaserve.delta_store.selection.texts import Files, read_texts
 from deltaserve.delta_store.selection.tolerance import Goal, Tolerance
@@ -47,8 +48,6 @@ from deltaserve.delta_store.text import Sample
 SEEDS = 3
 DARE_ROUNDS = 4
 NO_FILES = Files(None, None)
-LEAST_KEPT = 0.75
-"""Columns of the narrowest weight that the lowest density keeps, before rounding to one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ def select(
     fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
     if method:
         check_fits(method_for(method, fine_tuned), fine_tune)
-    found_families = families(fine_tune.is_adapter, method, given, _least_density(base_checkpoint))
+    found_families = families(fine_tune.is_adapter, method, given, least_density(base_checkpoint))
     if not found_families:
         raise OptionError(
             f"No method that is searched takes all of: {', '.join(given)}; leave one out, or name a method"
@@ -181,16 +180,6 @@ def _checked(
     return given
 
 
-def _least_density(base: Checkpoint) -> float:
-    widths = (base.shape(name) for name in base.names)
-    narrowest = min(
-        shape[0 if name in base.architecture.transposed else 1]
-        for name, shape in zip(base.names, widths, strict=True)
-        if len(shape) == 2
-    )
-    return LEAST_KEPT / narrowest
-
-
 def _identity(
     base_fingerprint: str, fine_tune: FineTune, texts: Mapping[str, Sequence[Sample]], profile: Profile
 ) -> str:
@@ -251,7 +240,7 @@ def _write(
         embeddings = facts_of(laboratory.base.architecture, laboratory.profile).embeddings
         size = sizes(artifact, embeddings)
     allowed: dict[str, JsonValue] = {"asked": tolerance.label, "met": found.confirmed}
-    written = report(found.held_out, base, dare, seeds, size, allowed, is_task)
+    written = full_report(found.held_out, base, dare, seeds, size, allowed, is_task)
     digest = file.write(out, parts, written)
     fine_tune = laboratory.fine_tune
     receipt = Receipt(
@@ -282,7 +271,7 @@ def _plain_dare(laboratory: Laboratory, size: int, candidate: Candidate) -> tupl
     """DARE as published (a mask of its own for every row, 16-bit values) at about as many bytes, on held-out text."""
     rank = dict(candidate.settings).get("rank", 4)
     given: dict[str, Value] = {"block": 1, "codec": "bf16", "rank": rank}
-    (family,) = families(False, "dare", given, _least_density(laboratory.base))[:1]
+    (family,) = families(False, "dare", given, least_density(laboratory.base))[:1]
     goal = Goal("bytes", size)
     trials = approach(family, goal, partial(laboratory.point, text=SHORT), family.start, DARE_ROUNDS)
     nearest = best_of(trials, goal) or min(trials, key=lambda trial: trial.point.bytes)

@@ -170,7 +170,32 @@ def test_evaluating_writes_the_report_into_the_artifact(base: Path, fine: Path, 
     assert receipt.quality is not None
     assert report is not None
     assert report["kl_mean"] == receipt.quality.kl_mean > 0
+    assert receipt.quality.kl_base is not None
+    assert report["kl_base"] == receipt.quality.kl_base > 0
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["out", "text.txt"]
+
+
+def test_the_report_has_bytes_and_plain_dare_beside_it(base: Path, fine: Path, tmp_path: Path) -> None:
+    """DARE draws 16-bit values of single weights, in as many bytes as the linear weights have here."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    options = {"drop": 0.5, "codec": "int8", "block": 4}
+    receipt = compress(base, fine, tmp_path / "out", method="magnitude", options=options, evaluate=text)
+    report = open_artifact(tmp_path / "out").manifest.quality
+    assert report is not None
+    size, dare = report["bytes"], report["dare"]
+    assert isinstance(size, dict)
+    assert isinstance(dare, dict)
+    header = open_artifact(tmp_path / "out").header_bytes
+    assert sum(map(int, size.values())) + header == receipt.size_bytes  # type: ignore[arg-type]
+    assert size["indices"] > 0  # type: ignore[operator]
+    assert dare["bytes"] == pytest.approx(receipt.size_bytes, rel=0.1)
+    asked = dict(option.split("=") for option in str(dare["made_by"]).split()[1:])
+    assert (asked["block"], asked["codec"], asked["rank"]) == ("1", "bf16", "4")
+    own = {"drop": float(asked["drop"]), "block": 1, "codec": "bf16"}
+    plain = compress(base, fine, tmp_path / "dare", method="dare", options=own, evaluate=text)
+    assert plain.quality is not None
+    assert plain.quality.kl_mean == pytest.approx(dare["kl_mean"])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from deltaserve.delta_store.compress import compress
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import open_fine_tune
 from deltaserve.delta_store.merge import merge
-from deltaserve.delta_store.quality import Quality, measure
+from deltaserve.delta_store.quality import Judge, Quality
 from deltaserve.delta_store.text import Sample, read_samples, windows
 
 SAMPLES = [Sample((1, 5, 9, 23, 40, 63, 2, 17), 3), Sample((4, 4, 31, 8))]
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(base: Path, fine: Path, artifact: Path, samples: list[Sample] = SAMPLES) -> Quality:
     checkpoint = open_checkpoint(base)
-    return measure(checkpoint, open_fine_tune(fine, checkpoint), open_artifact(artifact), None, samples)
+    return Judge(checkpoint, open_fine_tune(fine, checkpoint), samples).quality(open_artifact(artifact), None)
 
 
 def scored(folder: Path) -> torch.Tensor:
@@ -70,6 +70,12 @@ def test_it_is_what_the_models_themselves_say(base: Path, tmp_path: Path) -> Non
     ):
         assert loss == pytest.approx(cross_entropy(logits, targets).item(), abs=1e-5)
     assert found.kl_mean > 1e-4
+    of_base = kl_div(log_softmax(scored(base), -1), log_softmax(wanted, -1), log_target=True, reduction="none").sum(1)
+    assert found.kl_base == pytest.approx(of_base.mean().item(), abs=1e-6)
+    assert found.top1_agreement_base == (wanted.argmax(1) == scored(base).argmax(1)).double().mean()
+    gained = cross_entropy(scored(base), targets) - cross_entropy(wanted, targets)
+    kept = (cross_entropy(scored(base), targets) - cross_entropy(given, targets)) / gained
+    assert found.gain_kept == (pytest.approx(kept.item(), abs=1e-3) if gained > 0 else None)
 
 
 def test_lossless_loses_nothing(base: Path, tmp_path: Path) -> None:
@@ -86,8 +92,11 @@ def test_added_tokens_have_no_loss_under_the_base(base: Path, tmp_path: Path) ->
     fine = save(model, tmp_path / "fine")
     compress(base, fine, tmp_path / "artifact", method="lossless")
     found = measured(base, fine, tmp_path / "artifact", [Sample((1, 66, 5))])
-    assert found.loss_base is None
+    assert (found.loss_base, found.kl_base, found.gain_kept) == (None, None, None)
     assert found.kl_mean == 0
+    found = measured(base, fine, tmp_path / "artifact")
+    assert found.loss_base is not None  # none of the text's tokens is new
+    assert found.kl_base is None  # but the fine-tune thinks new ones possible
 
 
 def test_prose_is_cut_into_windows_spread_over_it() -> None:
