@@ -88,10 +88,16 @@ def _entropy(share: float) -> float:
 
 NEIGHBOURS: dict[str, Encode] = {
     "BitDelta": bitdelta,
-    **{f"SVD r={rank}": partial(truncated_svd, rank=rank) for rank in (2, 8, 32)},
+    "SVD r=8": partial(truncated_svd, rank=8),
     "2:4 int4": half_int4,
-    **{f"UltraDelta p={drop}": partial(ultradelta, drop=drop) for drop in (0.9, 0.97, 0.99)},
-    **{f"DARE p={drop} indices": partial(dare_with_indices, drop=drop) for drop in (0.9, 0.97, 0.99)},
+    "UltraDelta p=0.99": partial(ultradelta, drop=0.99),
+    "DARE p=0.99 indices": partial(dare_with_indices, drop=0.99),
+    "UltraDelta p=0.97": partial(ultradelta, drop=0.97),
+    "DARE p=0.9 indices": partial(dare_with_indices, drop=0.9),
+    "SVD r=2": partial(truncated_svd, rank=2),
+    "SVD r=32": partial(truncated_svd, rank=32),
+    "DARE p=0.97 indices": partial(dare_with_indices, drop=0.97),
+    "UltraDelta p=0.9": partial(ultradelta, drop=0.9),
 }
 """At their own operating points."""
 
