@@ -34,6 +34,7 @@ from deltaserve.server.api import (
     versions,
 )
 from deltaserve.server.api.tokenisers import Tokenisers
+from deltaserve.server.console import figures, page
 from deltaserve.server.files.store import FileStore
 from deltaserve.server.files.uploads import Uploads
 from deltaserve.server.jobs.runner import Runner
@@ -64,6 +65,7 @@ ROUTES = (
     variants,
     lora_adapters,
     jobs,
+    figures,
 )
 """The modules with routes; of two that fit an address the first one answers."""
 
@@ -96,6 +98,7 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
     errors.install(app)
     for module in ROUTES:
         app.include_router(module.router)
+    page.install(app)
     return app
 
 

@@ -5,7 +5,7 @@ import { badge, field, h, put } from "./dom.js";
 import { percent, plural, rate, seconds, short } from "./format.js";
 import { askable, byName, server, tierOf } from "./server.js";
 
-const MOST = 6;
+const MOST = 5; // a browser keeps six connections to a server, and one is for asking how it is
 // Kept while one looks at something else and comes back.
 const kept = { models: null, question: "", system: "", temperature: "0", maxTokens: "128", answers: new Map() };
 

@@ -22,8 +22,8 @@ export function uploadView(query) {
   const name = h("input", { required: true, maxlength: 128, pattern: NAME, autocomplete: "off", spellcheck: "false", oninput: tellVersion,
     title: "Letters, digits, '.', '_', '-' and '/'", value: query.get("name") ?? "" });
   const versionNote = h("p", { class: "quiet", role: "status" });
-  const files = h("input", { type: "file", multiple: true, onchange: () => choose(files.files) });
-  const folder = h("input", { type: "file", webkitdirectory: true, onchange: () => choose(folder.files) });
+  const files = h("input", { type: "file", multiple: true, onchange: () => { choosing = choose(files.files); } });
+  const folder = h("input", { type: "file", webkitdirectory: true, onchange: () => { choosing = choose(folder.files); } });
   const drop = h("div", { class: "drop", ondragover: over, ondragleave: leave, ondrop: dropped },
     field("Files", files, "An artifact, the two files of a LoRA adapter, or the files of a checkpoint. They can be dropped here."),
     field("Or a folder", folder));
@@ -42,6 +42,7 @@ export function uploadView(query) {
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
   const result = h("div", { role: "status" });
   let chosen = null;
+  let choosing = null; // while the files are being looked into
   let stopping = null;
 
   function offer(value) {
@@ -54,7 +55,7 @@ export function uploadView(query) {
   function dropped(event) {
     event.preventDefault();
     leave();
-    choose(event.dataTransfer.files);
+    choosing = choose(event.dataTransfer.files);
   }
 
   async function choose(list) {
@@ -94,8 +95,9 @@ export function uploadView(query) {
 
   async function submit(event) {
     event.preventDefault();
+    await choosing;
     if (stopping) return;
-    if (!chosen) return say("Choose the files first.");
+    if (!chosen) return say(problem.textContent || "Choose the files first.");
     const size = chosen.files.reduce((sum, file) => sum + file.size, 0);
     const most = server.figures.max_upload_bytes;
     if (chosen.kind !== "checkpoint" && size > most) return say(`These are ${bytes(size)}; the server takes at most ${bytes(most)} (DELTASERVE_MAX_UPLOAD_BYTES).`);
