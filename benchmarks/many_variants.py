@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from deltaserve.delta_store.registry.sqlite import SqliteRegistry
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "deploy" / "demo"
 ARTIFACTS = sorted((DEMO / "variants").glob("*.safetensors"))
-PATIENCE_S = 300
+PATIENCE_S = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,19 @@ class Served:
     def resume(self) -> None:
         for process in self._processes():
             process.resume()
+
+    def stop(self) -> None:
+        """End it, and those of its processes that it leaves behind."""
+        processes = self._processes() if self.process.poll() is None else []
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _processes(self) -> list[psutil.Process]:
         own = psutil.Process(self.process.pid)
@@ -117,17 +130,12 @@ def started(command: Sequence[str], ready: str, environment: dict[str, str] | No
         env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
         stdout=subprocess.DEVNULL,
     )
+    served = Served(f"http://127.0.0.1:{port}", process)
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url + ready, process)
-        yield Served(url, process)
+        wait_until_ready(served.url + ready, process)
+        yield served
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        served.stop()
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
