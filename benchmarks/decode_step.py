@@ -21,7 +21,8 @@ from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.kernels import dispatch
 from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Codes, Delta, Dense, LowRank
-from deltaserve.server.engine.engine import Engine, EngineLimits
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.wrapped import VersionDeltas
 from kernels import machine, random_delta, read_bandwidth, spread

@@ -38,7 +38,7 @@ from deltaserve.delta_store.profile import find_profile, profile_folder
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine.encoder import EncoderEngine
 from deltaserve.server.engine.encoder_form import Form
-from deltaserve.server.engine.engine import EngineLimits
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.requests import Version
 
 ROOT = Path(__file__).resolve().parents[1]

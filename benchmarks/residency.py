@@ -8,65 +8,79 @@ against that of a warm one, and the longest gap of a running stream meanwhile. W
 
 import argparse
 import asyncio
+import gc
+import hashlib
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
-from deltaserve.delta_store.codec.specs import SparseSpec
+from deltaserve.delta_store.codec.specs import SparseSpec, Spec
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.registry import Receipt
 from deltaserve.delta_store.registry.sqlite import SqliteRegistry
 from deltaserve.kernels import dispatch
-from deltaserve.kernels.parts import Codes, Part
-from deltaserve.server.engine.engine import Engine, EngineLimits
+from deltaserve.kernels.codes import BITS
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.requests import Sampling, Version
 from kernels import machine, read_bandwidth, spread
 
+ON_STDERR = Console(stderr=True)
 DEMO = Path(__file__).parent.parent / "deploy" / "demo"
 PROMPT = list(range(100, 120))
 PROBES = 20
+SOURCE = DEMO / "variants" / "python.safetensors"
+FIRST_SEED, SEED = 10_000, b'\\"seed\\":%d'
+"""Seeds have as many digits each, and so headers one length; the manifest is JSON inside of JSON."""
 
 
-def other_numbers(part: Part, generator: torch.Generator) -> Part:
-    """The part with random codes, and its own scales."""
-    codes = {name: getattr(part, name) for name in part.__dataclass_fields__}
-    return replace(
-        part,
-        **{
-            name: replace(one, data=torch.randint(0, 256, one.data.shape, dtype=torch.uint8, generator=generator))
-            for name, one in codes.items()
-            if isinstance(one, Codes) and one.codec != "bf16"
-        },
-    )
+class Maker:
+    """Artifacts like one of the demo's: the bytes of one that the codec wrote, with other codes in its sparse parts."""
 
-
-def write_artifacts(folder: Path, count: int, *, one_seed: bool) -> Iterator[Version]:
-    source, profile = (
-        open_artifact(DEMO / "variants" / "python.safetensors"),
-        Profile.open(DEMO / "profile.safetensors"),
-    )
-    deltas = {name: source.delta(name, profile) for name in source.names}
-    for i in range(count):
-        generator = torch.Generator().manual_seed(i)
+    def __init__(self, folder: Path, *, one_seed: bool) -> None:
+        self.folder, self.one_seed = folder, one_seed
+        source, profile = open_artifact(SOURCE), Profile.open(DEMO / "profile.safetensors")
         parts = (
-            (name, spec.model_copy(update={"seed": 0 if one_seed else i}) if isinstance(spec, SparseSpec) else spec,
-             other_numbers(part, generator))
+            (name, seeded(spec), part)
             for name in source.names
-            for spec, part in zip(source.specs(name), deltas[name].parts, strict=True)
-        )  # fmt: skip
-        path = folder / str(i)
-        digest = write_artifact(path, base=source.manifest.base, tied_head=True, parts=parts, profile=profile.digest)
-        yield Version(f"v{i}", digest, str(path))
+            for spec, part in zip(source.specs(name), source.delta(name, profile).parts, strict=True)
+        )
+        first = folder / "first"
+        write_artifact(first, base=source.manifest.base, tied_head=True, parts=parts, profile=profile.digest)
+        content = first.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        self.header, self.body = content[:start], np.frombuffer(content[start:], np.uint8)
+        spans, made = json.loads(content[8:start]), open_artifact(first)
+        first.unlink()
+        self.codes: list[tuple[int, int]] = []  # the end of each sparse part: its codes stand behind its scales
+        for name in made.names:
+            for index in made.keys[name]:
+                spec, end = made.manifest.parts[index], spans[f"{name}:{index}"]["data_offsets"][1]
+                if isinstance(spec, SparseSpec):
+                    self.codes.append((end - spec.blocks * spec.kept * spec.block * BITS[spec.codec] // 8, end))
+
+    def make(self, number: int) -> Version:
+        body, rng = self.body.copy(), np.random.default_rng(number)
+        for begin, end in self.codes:
+            body[begin:end] = rng.integers(0, 256, end - begin, np.uint8)
+        seed = FIRST_SEED + (0 if self.one_seed else number)
+        content = self.header.replace(SEED % FIRST_SEED, SEED % seed) + body.tobytes()
+        path = self.folder / str(number)
+        path.write_bytes(content)
+        return Version(f"v{number}", hashlib.sha256(content).hexdigest(), str(path))
+
+
+def seeded(spec: Spec) -> Spec:
+    return spec.model_copy(update={"seed": FIRST_SEED}) if isinstance(spec, SparseSpec) else spec
 
 
 def memory_bytes() -> int:
@@ -115,17 +129,18 @@ def residents(base: str, versions: list[Version], resident: int, folder: str, re
 
 
 async def measure(it: Engine, versions: list[Version], resident: int, results: Any) -> None:
-    for version in versions[:resident]:
+    for version in track(versions[:resident], "  fill the bank", console=ON_STDERR):
         await first_token_ms(it, version, 1)
+    gc.collect()
     used = memory_bytes()
     cold, warm, gaps = [], [], []
-    for i in range(PROBES):
+    for i in track(range(PROBES), "  cold and warm", console=ON_STDERR):
         cold.append(await first_token_ms(it, versions[-1 - i], 2))
         warm.append(await first_token_ms(it, versions[-1 - i], 3))
     stream = asyncio.create_task(gaps_ms(it, gaps))
     await asyncio.sleep(1)
     gaps.clear()
-    for i in range(PROBES, 2 * PROBES):
+    for i in track(range(PROBES, 2 * PROBES), "  beside a stream", console=ON_STDERR):
         await first_token_ms(it, versions[-1 - i], 2)
     stream.cancel()
     results.put({"memory_bytes": used, "cold_ms": cold, "warm_ms": warm, "gaps_ms": gaps})
@@ -165,9 +180,10 @@ def main() -> None:
     goals: list[dict[str, Any]] = []
     alone = in_a_process(base_alone, asked.base)
     for one_seed in (True, False):
-        print(f"{asked.registered} artifacts, one seed: {one_seed}", file=sys.stderr, flush=True)
+        ON_STDERR.print("Masks of one seed" if one_seed else "Masks of a seed each")
         with tempfile.TemporaryDirectory() as folder:
-            versions = list(write_artifacts(Path(folder), asked.registered, one_seed=one_seed))
+            maker = Maker(Path(folder), one_seed=one_seed)
+            versions = [maker.make(i) for i in track(range(asked.registered), "  artifacts", console=ON_STDERR)]
             artifact_bytes = sum(Path(one.path).stat().st_size for one in versions[: asked.resident])
             found = in_a_process(residents, asked.base, versions, asked.resident, folder)
         setup = {
@@ -183,6 +199,7 @@ def main() -> None:
                 "base_alone_bytes": alone,
                 "over_base_bytes": over,
                 "artifact_bytes": artifact_bytes,
+                "over_base_by_artifacts": round(over / artifact_bytes, 3),
             },
             {"row": "first_token_ms", "variant": "cold", **setup, **spread(found["cold_ms"])},
             {"row": "first_token_ms", "variant": "warm", **setup, **spread(found["warm_ms"])},

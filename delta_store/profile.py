@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
@@ -28,6 +29,8 @@ from deltaserve.delta_store.errors import CorruptArtifact, ProfileMissing, Unsup
 FORMAT_VERSION = 1
 METADATA_KEY = "deltaserve_profile"
 LARGEST_WEIGHT = 31 << 15
+WEIGHTS = np.array([(16 + (code & 15)) << (code >> 4) for code in range(256)], np.int64)
+"""By code."""
 
 
 class Header(BaseModel):
@@ -80,8 +83,7 @@ class Profile:
 
     def weights(self, name: str) -> Tensor:
         """int64 ``[in]``, each at least 16: the weights of the input columns of parameter ``name``, which is in it."""
-        codes = self.vectors[self.vector_of[name]].long()
-        return (16 + (codes & 15)) << (codes >> 4)
+        return torch.from_numpy(WEIGHTS[self.vectors[self.vector_of[name]].numpy()])
 
 
 def write_profile(

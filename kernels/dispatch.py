@@ -1,7 +1,8 @@
 """Choose the backend that runs the operations; one that is asked for by name and missing is an error."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ class Backend(Protocol):
     @property
     def NAME(self) -> str: ...  # noqa: N802
     def prepare(self, delta: Delta) -> Any: ...
+    def one_variant(self) -> AbstractContextManager[Callable[[Delta], Any]]: ...
     def slots(self, prepared: Sequence[Any]) -> Any: ...
     def layers(self, weights: Sequence[Weight], slots: int, *, copies: bool = False) -> Layers: ...
     def linear(self, x: Tensor, layers: Any, segments: Segments | None) -> list[Tensor]: ...

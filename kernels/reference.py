@@ -5,7 +5,8 @@ Everything is computed and accumulated in float32; ``y`` is rounded to its own d
 leaves the layer as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +137,11 @@ class Lines:
 def prepare(delta: Delta) -> Prepared:
     """Decode a delta into this backend's layout."""
     return Prepared(delta.shape, tuple(_prepare_part(part) for part in delta.parts))
+
+
+def one_variant() -> AbstractContextManager[Callable[[Delta], Prepared]]:
+    """``prepare`` for one variant's deltas; a backend may lay them out together, for use after the context only."""
+    return nullcontext(prepare)
 
 
 def _prepare_part(part: Part) -> Gathered | Factors | Full | Lines:

@@ -136,7 +136,8 @@ def runner_of(app: FastAPI) -> Runner:
 
 def load_engine(settings: Settings, profiles: BlobStore) -> "Engine | EncoderEngine":
     """The engine for this kind of base, with the base loaded, not started."""
-    from deltaserve.server.engine.engine import Engine, EngineLimits
+    from deltaserve.server.engine.engine import Engine
+    from deltaserve.server.engine.limits import EngineLimits
 
     limits = EngineLimits(**{field.name: getattr(settings, field.name) for field in fields(EngineLimits)})
     if open_checkpoint(settings.base).architecture.is_encoder:

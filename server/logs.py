@@ -3,7 +3,9 @@
 import logging
 import logging.config
 import re
+import sys
 from contextvars import ContextVar
+from typing import TextIO
 from uuid import uuid4
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -39,12 +41,23 @@ def configure(level: str, log_format: str) -> None:
                 },
             },
             "handlers": {
-                "stderr": {"class": "logging.StreamHandler", "formatter": log_format, "filters": ["request"]},
+                "stderr": {"()": StderrHandler, "formatter": log_format, "filters": ["request"]},
             },
             "root": {"level": level.upper(), "handlers": ["stderr"]},
             "loggers": {name: {"level": max(logging.WARNING, _number(level))} for name in QUIET},
         }
     )
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is when a record comes: who replaced it may have closed the one before."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 class RequestFilter(logging.Filter):

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from deltaserve.kernels import reference
 from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Codes, Delta, Dense, LowRank, Rows, Sparse
-from deltaserve.server.engine.engine import Engine, EngineLimits
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.requests import Sampling, Version
 from deltaserve.server.engine.wrapped import VersionDeltas
 

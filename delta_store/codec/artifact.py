@@ -3,6 +3,7 @@
 import hashlib
 import re
 import secrets
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,7 @@ def _index(reader: Any, manifest: Manifest) -> tuple[dict[str, tuple[int, ...]],
             keys.setdefault(name, []).append(index)
     for name, indices in keys.items():
         _check_agree(name, [manifest.parts[index] for index in sorted(indices)])
-    return {name: tuple(sorted(keys[name])) for name in sorted(keys)}, tuple(file_names)
+    return {sys.intern(name): tuple(sorted(keys[name])) for name in sorted(keys)}, tuple(file_names)
 
 
 def _split_key(key: str, count: int) -> tuple[str, int]:

@@ -1,18 +1,17 @@
 """Which columns a sparse part keeps and what multiplies its survivors, from its specification."""
 
-from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deltaserve.delta_store.codec.masks import uniform_columns, uniform_factors, weighted_columns
+from deltaserve.delta_store.codec.masks import check_kept, uniform_columns, uniform_factors, weighted_columns
+from deltaserve.delta_store.codec.philox import key_for
 from deltaserve.delta_store.codec.specs import SparseSpec
 from deltaserve.delta_store.errors import BaseMismatch, ProfileMissing
-
-MASKS_KEPT = 512
-"""Weighted masks remembered, those of one variant and more: the next one pruned with that seed draws nothing."""
+from deltaserve.kernels.cpu import columns as compiled
+from deltaserve.kernels.cpu import library
 
 
 class ColumnWeights(Protocol):
@@ -27,31 +26,41 @@ class ColumnWeights(Protocol):
 def seeded_columns(spec: SparseSpec, name: str, profile: ColumnWeights | None) -> tuple[Tensor, Tensor]:
     """Columns int32 ``[blocks, kept]`` and factors float32 ``[in]`` of a seeded mask for parameter ``name``.
 
-    Do not write to them: variants that were pruned with one seed get the same tensors.
     Raises ProfileMissing or BaseMismatch where a weighted mask has no profile that fits.
     """
     assert spec.seed is not None
     width = spec.shape[1]
+    check_kept(spec.kept, width)
     if spec.mask == "uniform":
-        columns = uniform_columns(spec.seed, name, spec.blocks, width, spec.kept)
-        return columns, (uniform_factors(width, spec.kept).double() * spec.kept / width / spec.divisor).float()
-    columns, factors = _drawn(
-        _Source(profile.digest if profile else None, profile), spec.seed, name, spec.blocks, width, spec.kept
-    )
-    return columns, (factors.double() / spec.divisor).float()
+        factors = uniform_factors(width, spec.kept).double() * spec.kept / width
+        return _uniform(spec.seed, name, spec.blocks, width, spec.kept), (factors / spec.divisor).float()
+    columns, factors = _weighted(_weights(name, width, profile), spec.seed, name, spec.blocks, spec.kept)
+    return columns, factors if spec.divisor == 1 else (factors.double() / spec.divisor).float()
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A profile known by its digest."""
-
-    digest: str | None
-    profile: ColumnWeights | None = field(compare=False)
+def _uniform(seed: int, name: str, blocks: int, width: int, kept: int) -> Tensor:
+    if not _is_compiled():
+        return uniform_columns(seed, name, blocks, width, kept)
+    return compiled.uniform_columns(key_for(seed, name), blocks, width, kept)
 
 
-@lru_cache(maxsize=MASKS_KEPT)
-def _drawn(source: _Source, seed: int, name: str, blocks: int, width: int, kept: int) -> tuple[Tensor, Tensor]:
-    return weighted_columns(_weights(name, width, source.profile), seed, name, blocks, kept)
+def _weighted(weights: Tensor, seed: int, name: str, blocks: int, kept: int) -> tuple[Tensor, Tensor]:
+    if _is_compiled():
+        try:
+            return compiled.weighted_columns(weights, key_for(seed, name), blocks, kept)
+        except ValueError:
+            pass  # masks.py says what is wrong with them
+    return weighted_columns(weights, seed, name, blocks, kept)
+
+
+@cache
+def _is_compiled() -> bool:
+    """Whether the library was built; ``masks.py`` draws the same without, in some hundred times the time."""
+    try:
+        library.library()
+    except RuntimeError:
+        return False
+    return True
 
 
 def explicit_factors(spec: SparseSpec) -> Tensor:

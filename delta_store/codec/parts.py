@@ -13,8 +13,9 @@ xor       CRC-32 of the fine-tune, zstd of byte planes (``xor.py``)
 planes of gaps (``planes.py``). All is little-endian.
 """
 
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import isfinite, prod
 
 import numpy as np
 import torch
@@ -41,14 +42,14 @@ class Numbers:
     codec: str
     shape: tuple[int, ...]
     group: int
+    scale_bytes: int = field(init=False)
+    value_bytes: int = field(init=False)
 
-    @property
-    def scale_bytes(self) -> int:
-        return 0 if self.codec in FLOAT_CODECS else -(-prod(self.shape) // self.group) * 2
-
-    @property
-    def value_bytes(self) -> int:
-        return -(-prod(self.shape) * BITS[self.codec] // 8)
+    def __post_init__(self) -> None:
+        count = prod(self.shape)
+        scales = 0 if self.codec in FLOAT_CODECS else -(-count // self.group)
+        object.__setattr__(self, "scale_bytes", scales * 2)
+        object.__setattr__(self, "value_bytes", -(-count * BITS[self.codec] // 8))
 
 
 def check_length(spec: Spec, length: int) -> None:
@@ -105,6 +106,7 @@ def decode(data: Tensor, spec: Spec, name: str, profile: ColumnWeights | None, b
             return _decode_xor(spec, rest, base)
 
 
+@lru_cache(maxsize=1024)
 def _numbers(spec: Spec) -> tuple[Numbers, ...]:
     match spec:
         case SparseSpec():
@@ -124,6 +126,7 @@ def _numbers(spec: Spec) -> tuple[Numbers, ...]:
             return ()
 
 
+@lru_cache(maxsize=1024)
 def _fixed_bytes(spec: Spec) -> int:
     mean = 4 * spec.shape[1] if isinstance(spec, RowsSpec) and spec.has_mean else 0
     crc = CRC_BYTES if isinstance(spec, XorSpec) else 0
@@ -179,7 +182,7 @@ def _decode_xor(spec: XorSpec, data: Tensor, base: Tensor | None) -> Dense:
 def _finite(data: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy (a view would have to be aligned) as ``dtype``."""
     values = data.clone().view(dtype)
-    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # isfinite of all would be a copy
+    if values.numel() and not all(isfinite(bound.item()) for bound in values.aminmax()):
         raise CorruptArtifact("a stored number is not finite")
     return values
 

@@ -8,7 +8,7 @@
 namespace deltaserve {
 
 // What operations.py turns into exceptions.
-enum class Error : int32_t { none, segments, slot, input_width, output_width, id, memory, shape, page };
+enum class Error : int32_t { none, segments, slot, input_width, output_width, id, memory, shape, page, columns };
 
 struct Segments {
     const int32_t* offsets; // [count + 1]

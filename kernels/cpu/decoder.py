@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.cpu.layers import Layers
-from deltaserve.kernels.cpu.layout import CODECS
+from deltaserve.kernels.cpu.structs import CODECS
 from deltaserve.kernels.decoder import Block, Heads, Norm, Step
 from deltaserve.kernels.paged import Pages
 from deltaserve.kernels.segments import Segments

@@ -1,5 +1,5 @@
 // What the kernels are handed: a delta as layout.py prepared it, a batch cut into tiles, and the table of operations that
-// each instruction set fills. The structs up to Swap are mirrored field by field in layout.py.
+// each instruction set fills. The structs up to Swap are mirrored field by field in structs.py.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct Codes {
 
 // One summand. `a` holds the values of a sparse part (a line is one block, [K, V]), of a dense part and of whole rows
 // (a line is one row), and the first factor of a low-rank part; `b` holds its second factor column after column (a line is
-// one column, [out], its scales are one a row).
+// one column, [out], its scales are one for `group` rows: 1, or a multiple of CHUNK).
 struct Part {
     Kind kind;
     int32_t block;         // sparse: V

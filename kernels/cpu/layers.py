@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.cpu.layout import CODECS, LayerStruct, Prepared
+from deltaserve.kernels.cpu.layout import Prepared
 from deltaserve.kernels.cpu.products import Choice
+from deltaserve.kernels.cpu.structs import CODECS, LayerStruct
 from deltaserve.kernels.weights import Weight
 
 WEIGHT_CODECS = {torch.float32: "float32", torch.bfloat16: "bf16", torch.int8: "int8"}

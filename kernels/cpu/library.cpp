@@ -1,6 +1,7 @@
 // The C interface of the CPU kernels; Python reaches it through ctypes (library.py). A call covers one layer, or several that
 // share their input, and the whole batch. It checks everything before it writes anything; after that it cannot fail.
 #include "batch.h"
+#include "columns.h"
 #include "decoder.h"
 #include "linear.h"
 #include "workspace.h"
@@ -94,7 +95,7 @@ template <class Run> int32_t caught(Run run) {
 using namespace deltaserve;
 
 // Raised whenever a signature or struct changes; library.py refuses to load a library of another version.
-DELTASERVE_API int deltaserve_abi_version() { return 6; }
+DELTASERVE_API int deltaserve_abi_version() { return 7; }
 
 // The operations for an instruction set, or nullptr where this machine or this build has it not.
 DELTASERVE_API const void* deltaserve_operations(const char* name) {
@@ -171,4 +172,29 @@ DELTASERVE_API int32_t deltaserve_decode(const void* operations, const Block* bl
 
 DELTASERVE_API int32_t deltaserve_swap(const void* operations, const Swap* swaps, int64_t count, int32_t in) {
     return caught([&] { return swap_all(*static_cast<const Operations*>(operations), swaps, count, in != 0); });
+}
+
+// columns [blocks, kept], kept <= width
+DELTASERVE_API int32_t deltaserve_uniform_columns(uint32_t key, uint32_t second_key, int64_t blocks, int64_t width, int64_t kept,
+                                                  int32_t* columns) {
+    return caught([&] {
+        uniform_columns(key, second_key, blocks, width, kept, columns);
+        return Error::none;
+    });
+}
+
+// weights, factors [width]
+DELTASERVE_API int32_t deltaserve_weighted_columns(const int64_t* weights, uint32_t key, uint32_t second_key, int64_t blocks,
+                                                   int64_t width, int64_t kept, int32_t* columns, float* factors) {
+    return caught([&] {
+        const bool drawn = weighted_columns(weights, key, second_key, blocks, width, kept, columns, factors);
+        return drawn ? Error::none : Error::columns;
+    });
+}
+
+// `to` is 32 bits wide where width is more than 16 bits hold
+DELTASERVE_API int32_t deltaserve_keep_columns(const int32_t* columns, int64_t blocks, int64_t width, int64_t kept, void* to) {
+    const bool kept_all = width > 1 << 16 ? keep_columns(columns, blocks, width, kept, static_cast<int32_t*>(to))
+                                          : keep_columns(columns, blocks, width, kept, static_cast<uint16_t*>(to));
+    return int32_t(kept_all ? Error::none : Error::columns);
 }

@@ -1,7 +1,7 @@
 """The compiled CPU library, loaded through ctypes so that it links neither Python nor torch."""
 
 import ctypes
-from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 # Before the library, which uses OpenMP: its libgomp.so.1 is then torch's own, already loaded, and the process has one.
 import torch  # noqa: F401
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 """Fastest first."""
 
@@ -48,6 +48,10 @@ def library() -> ctypes.CDLL:
     loaded.deltaserve_attend.argtypes = [pointer, pointer, pointer, pointer, pointer, count]
     loaded.deltaserve_decode.argtypes = [pointer, pointer, count, pointer, pointer, count]
     loaded.deltaserve_swap.argtypes = [c_void_p, c_void_p, c_int64, c_int32]
+    key = c_uint32, c_uint32
+    loaded.deltaserve_uniform_columns.argtypes = [*key, count, count, count, pointer]
+    loaded.deltaserve_weighted_columns.argtypes = [pointer, *key, count, count, count, pointer, pointer]
+    loaded.deltaserve_keep_columns.argtypes = [pointer, count, count, count, pointer]
     return loaded
 
 

@@ -1,5 +1,5 @@
 // The second factor of the low-rank part. It lies column after column, [r][rows], so that vectors run over output rows and
-// nothing is summed across lanes; its scales, if it has any, are one a row.
+// nothing is summed across lanes; its scales, if it has any, are one a row, or one for `group` rows, a multiple of CHUNK.
 #pragma once
 
 #include "delta.h"
@@ -7,9 +7,11 @@
 namespace deltaserve {
 namespace {
 
-template <Codec C> inline F16 scaled(F16 values, const uint16_t* scales, int64_t row) {
-    if constexpr (!has_scales<C>) return values;
-    return multiply(values, decode<Codec::bf16>(reinterpret_cast<const uint8_t*>(scales + row)));
+// The scales of rows `row` .. row + CHUNK
+template <Codec C> inline F16 row_scales(const Codes& b, int64_t row) {
+    if constexpr (!has_scales<C>) return broadcast<F16>(1);
+    if (b.group == 1) return decode<Codec::bf16>(reinterpret_cast<const uint8_t*>(b.scales + row));
+    return broadcast<F16>(bf16_to_float(b.scales[row / b.group]));
 }
 
 // sums[to - from] += b[from .. to] @ inputs [r]; `from` is a multiple of CHUNK
@@ -18,7 +20,8 @@ template <Codec C> void low_rank_single(const Part& part, int64_t from, int64_t 
         const uint8_t* p = part.b.data + row / CHUNK * chunk_bytes<C>;
         F16 total = zero<F16>();
         for (int64_t r = 0; r < part.kept; ++r, p += part.b.line_bytes) total = fused(decode<C>(p), broadcast<F16>(inputs[r]), total);
-        store(sums, add(load<F16>(sums), scaled<C>(total, part.b.scales, row)));
+        if constexpr (has_scales<C>) total = multiply(total, row_scales<C>(part.b, row));
+        store(sums, add(load<F16>(sums), total));
     }
 }
 inline void low_rank_single(const Part& part, int64_t from, int64_t to, const float* inputs, float* sums) {
@@ -29,10 +32,14 @@ inline void low_rank_single(const Part& part, int64_t from, int64_t to, const fl
 inline void decode_columns(const Part& part, int64_t from, int64_t to, float* values) {
     with_codec(part.b.codec, [&](auto codec) {
         constexpr Codec C = decltype(codec)::value;
-        for (int64_t r = 0; r < part.kept; ++r) {
-            const uint8_t* p = part.b.data + r * part.b.line_bytes + from / CHUNK * chunk_bytes<C>;
-            for (int64_t row = from; row < to; row += CHUNK, p += chunk_bytes<C>)
-                store(values + r * PANEL + row - from, scaled<C>(decode<C>(p), part.b.scales, row));
+        for (int64_t row = from; row < to; row += CHUNK) {
+            const uint8_t* p = part.b.data + row / CHUNK * chunk_bytes<C>;
+            const F16 scales = row_scales<C>(part.b, row);
+            for (int64_t r = 0; r < part.kept; ++r, p += part.b.line_bytes) {
+                F16 decoded = decode<C>(p);
+                if constexpr (has_scales<C>) decoded = multiply(decoded, scales);
+                store(values + r * PANEL + row - from, decoded);
+            }
         }
     });
 }

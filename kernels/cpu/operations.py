@@ -1,6 +1,7 @@
 """The operations in C++: one call a layer for the whole batch, whatever the number of its variants."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import Array, byref
 from dataclasses import dataclass
 from math import prod
@@ -12,9 +13,11 @@ from torch import Tensor
 from deltaserve.kernels import paged, reference
 from deltaserve.kernels.cpu.decoder import CACHE_CODECS, CpuDecoder, attention_struct, pages_struct
 from deltaserve.kernels.cpu.layers import WEIGHT_CODECS, Layers, Slots
-from deltaserve.kernels.cpu.layout import MatrixStruct, Prepared, SwapStruct, prepare
+from deltaserve.kernels.cpu.layout import Prepared, prepare
 from deltaserve.kernels.cpu.library import library, operations
+from deltaserve.kernels.cpu.memory import Memory
 from deltaserve.kernels.cpu.products import Choice, Product, choose, packed, plain, product_for, with_copy
+from deltaserve.kernels.cpu.structs import MatrixStruct, SwapStruct
 from deltaserve.kernels.decoder import Block, Heads
 from deltaserve.kernels.paged import Pages
 from deltaserve.kernels.parts import Delta
@@ -61,6 +64,14 @@ class CpuBackend:
         self._choices: dict[Any, Choice] = {}
 
     prepare = staticmethod(prepare)
+
+    @contextmanager
+    def one_variant(self) -> Iterator[Callable[[Delta], Prepared]]:
+        """``prepare`` for the deltas of one variant, which lie together; for use after the context only."""
+        memory = Memory()
+        yield lambda delta: prepare(delta, memory)
+        memory.settle()
+
     slots = Slots
 
     def layers(self, weights: Sequence[Weight], slots: int, *, copies: bool = False) -> Layers:

@@ -1,6 +1,7 @@
 """The operations in Triton, one or two launches a layer; without a GPU they run in Triton's interpreter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -71,6 +72,9 @@ class TritonBackend:
     def prepare(self, delta: Delta) -> Prepared:
         """Lay out a delta whose tensors are on the CPU, on the device."""
         return layout.prepare(delta, self.device)
+
+    def one_variant(self) -> AbstractContextManager[Callable[[Delta], Prepared]]:
+        return nullcontext(self.prepare)
 
     def slots(self, prepared: Sequence[Prepared | None], rank: int = LARGEST_RANK) -> Slots:
         """One layer's bank, which any layer's calls read and ``slots[i] = prepared`` changes in place."""

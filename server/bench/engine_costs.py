@@ -27,7 +27,8 @@ from deltaserve.server.bench import cost_table
 from deltaserve.server.bench.cost_table import Case, Costs
 from deltaserve.server.bench.engine_load import PROMPT_TOKENS, Load, answer, ask, drive, random_ids
 from deltaserve.server.bench.invented import invent
-from deltaserve.server.engine.engine import Engine, EngineLimits
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.loading import ArtifactLoader, stop_ids
 from deltaserve.server.engine.requests import Version
 from deltaserve.server.engine.wrapped import VersionDeltas

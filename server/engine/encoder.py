@@ -1,9 +1,8 @@
 """The engine of an encoder: one resident base, variants applied per text, vectors and class scores out."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -11,34 +10,31 @@ import transformers
 from torch import Tensor
 
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
-from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
+from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.errors import (
     ContextTooLong,
-    CorruptArtifact,
-    EngineDown,
     OptionError,
-    QueueFull,
     RequestRefused,
-    UnsupportedArtifact,
 )
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.heads import variant_architecture
 from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
-from deltaserve.server.engine.bank import Bank, Tier
+from deltaserve.server.engine.bank import Bank
 from deltaserve.server.engine.encoder_attention import similar
 from deltaserve.server.engine.encoder_batches import Batches, Text, Work
 from deltaserve.server.engine.encoder_head import Head
 from deltaserve.server.engine.encoder_model import EncoderDeltas, FittedEncoder, Hidden, WrappedEncoder
 from deltaserve.server.engine.encoder_pooling import pooling_of
-from deltaserve.server.engine.engine import STOP_SECONDS, EngineLimits, Fit, _checked_kind, _load_tokenizer
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
 from deltaserve.server.engine.reports import EngineState, Reports
 from deltaserve.server.engine.requests import Version
 from deltaserve.server.engine.slots import SPARE, Ticket
+from deltaserve.server.engine.variant_engine import STOP_SECONDS, VariantEngine, checked_kind, load_tokenizer
 
 
-class EncoderEngine:
+class EncoderEngine(VariantEngine):
     """Loads the base (whatever ``open_checkpoint`` opens) and wraps its layers; ``start`` makes it take requests.
 
     ``load`` replaces the reading of artifacts, for tests. ``limits.batch_tokens`` bounds a batch, ``max_running`` and
@@ -60,7 +56,7 @@ class EncoderEngine:
             raise OptionError("An encoder applies deltas beside its weights; use policy auto or mixed")
         checkpoint = open_checkpoint(base)
         self.pooling = pooling_of(checkpoint.folder)
-        self.tokenizer = _load_tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(checkpoint)
         self.fingerprint = fingerprint(checkpoint)
         self._architecture = checkpoint.architecture
         self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path, limits.host_bytes)
@@ -70,7 +66,7 @@ class EncoderEngine:
             self._artifacts.base_tensor,
             limits.bank_slots + SPARE,
             backend(limits.backend),
-            kept=_checked_kind(limits.weights),
+            kept=checked_kind(limits.weights),
         )
         self.vocab_size = self.model.vocabulary
         self.width = self.model.width
@@ -83,7 +79,7 @@ class EncoderEngine:
             lambda version: self.model.fit(load(version)),  # type: ignore[arg-type,return-value]
         )
         self._batches = Batches(self._run, self._check, limits.batch_tokens)
-        self._entering = 0
+        self._artifacts.is_disturbing = lambda: self._batches.requests > 0
 
     def start(self) -> None:
         """Start taking requests."""
@@ -93,10 +89,6 @@ class EncoderEngine:
         """Stop running and loading; what is there fails with GenerationFailed. Cannot be started again."""
         self._batches.stop(STOP_SECONDS)
         self.bank.close()
-
-    def ready(self) -> bool:
-        """Whether requests are taken now."""
-        return self.failure is None
 
     @property
     def failure(self) -> str | None:
@@ -139,46 +131,15 @@ class EncoderEngine:
             raise RequestRefused("This model has no classification head", "model")
         return head, scores
 
-    def forget(self, digest: str) -> None:
-        """Free a version's memory, now or when its last request is over."""
-        self.bank.forget(digest)
-        self._artifacts.opened.forget(digest)
-
-    def tier(self, digest: str) -> Tier:
-        """Where a version is, as the engine of decoders says it."""
-        return self.bank.state(digest) or ("host" if digest in self._artifacts.opened else "store")
-
-    def check_fits(self, artifact: Artifact) -> Fit:
-        """The receipt for an artifact. Raises BaseMismatch, and UnsupportedArtifact where it does not apply whole."""
-        self._artifacts.check_base(artifact)
-        if not artifact.names:
-            raise UnsupportedArtifact(
-                f"{artifact.path} changes nothing: it holds no tensor that differs from the base's"
-            )
-        shapes = {name: artifact.specs(name)[0].shape for name in artifact.names}
-        self.model.check(shapes, variant_architecture(self._architecture, artifact))
-        return Fit(len(artifact.names), len(artifact.names))
-
     async def _answer(
         self, texts: Sequence[Sequence[int]], version: Version | None, *, classify: bool
     ) -> tuple[Head | None, list[Tensor]]:
         self._check_size(texts)
         if version is None:
             return self.model.head, await self._results(texts, None, None, classify)
-        self._entering += 1
-        arrived = perf_counter()
-        ticket = self.bank.hold(version)
-        is_cold = not ticket.future.done()
-        try:
-            fitted: Any = (await asyncio.wrap_future(ticket.future)).fitted
-            if is_cold:
-                self.bank.reports.waited(version.variant, perf_counter() - arrived)
+        async with self._holding(version) as ticket:
+            fitted: Any = ticket.future.result().fitted
             results = self._results(texts, ticket, fitted, classify)
-        except BaseException:  # refused, or given up waiting: asyncio's CancelledError is no Exception
-            self.bank.let_go(ticket)
-            raise
-        finally:
-            self._entering -= 1
         return fitted.head, await results
 
     def _results(
@@ -212,17 +173,13 @@ class EncoderEngine:
                     f"The model reads {self.context_length} tokens; a text of 'input' has {len(text)}. Shorten it",
                     "input",
                 )
-        if (room := self.limits.max_running + self.limits.max_waiting) <= self.requests:
-            raise QueueFull(f"{room} requests are running or waiting, and no more may; try again later")
-        if (failure := self.failure) is not None:
-            raise EngineDown(failure)
+        self._check_room()
+
+    def _check_whole(self, artifact: Artifact, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.model.check(shapes, variant_architecture(self._architecture, artifact))
 
     def _load(self, version: Version) -> EncoderDeltas:
-        path = Path(version.path)
-        if not path.is_file():
-            raise CorruptArtifact(f"The artifact of variant {version.variant!r} is not at {path}; upload it again")
-        artifact = open_artifact(path, verify=version.digest)
-        self._artifacts.check_base(artifact)
+        artifact = self._artifacts.open(version)
         return EncoderDeltas(self._artifacts.deltas(artifact), variant_architecture(self._architecture, artifact))
 
     def _run(self, batch: Sequence[Text]) -> list[Tensor]:

@@ -75,7 +75,7 @@ class WrappedEncoder:
         kept: str = "plain",
     ) -> None:
         self._body = body = model.base_model
-        self._architecture, self._tensor = architecture, tensor
+        self._architecture, self._tensor, self._backend = architecture, tensor, backend
         self._pooler: nn.Module | None = getattr(body, "pooler", None)
         self._padding = getattr(body.config, "pad_token_id", None) or 0
         self._embedding = architecture.embedding
@@ -133,16 +133,17 @@ class WrappedEncoder:
         whole: dict[str, Tensor] = {}
         above: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, delta in version.deltas:
-            self._check_shape(name, delta.shape, version.architecture)
-            shapes[name] = delta.shape
-            if name in self._layers:
-                prepared[name] = self._layers[name][0].prepare(delta)
-            elif name in self._others:
-                values = self._own[name]  # a variant's own may be in its place just now
-                whole[name] = (values.float() + reference.unpack(delta)).to(values.dtype)
-            else:
-                above[name] = reference.unpack(delta)
+        with self._backend.one_variant() as lay_out:
+            for name, delta in version.deltas:
+                self._check_shape(name, delta.shape, version.architecture)
+                shapes[name] = delta.shape
+                if name in self._layers:
+                    prepared[name] = self._layers[name][0].prepare(delta, lay_out)
+                elif name in self._others:
+                    values = self._own[name]  # a variant's own may be in its place just now
+                    whole[name] = (values.float() + reference.unpack(delta)).to(values.dtype)
+                else:
+                    above[name] = reference.unpack(delta)
         vocabulary = self.check(shapes, version.architecture)
         head = self._head(version.architecture, above)
         nbytes = sum(nbytes_of(values) for values in (*prepared.values(), *whole.values()))

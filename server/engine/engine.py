@@ -1,35 +1,31 @@
 """The engine: one resident base, variants applied per request, tokens out."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.errors import (
-    CheckpointError,
     ContextTooLong,
-    EngineDown,
     EngineError,
     OptionError,
-    QueueFull,
     RequestRefused,
-    UnsupportedArtifact,
     UnsupportedCheckpoint,
 )
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine import attention, sampler
-from deltaserve.server.engine.bank import Bank, Tier
-from deltaserve.server.engine.continuous_batching import RESTARTING, Batching
+from deltaserve.server.engine.bank import Bank
+from deltaserve.server.engine.continuous_batching.manager import RESTARTING, Batching
 from deltaserve.server.engine.jobs import Job
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
 from deltaserve.server.engine.policy import Policy, check_kind
 from deltaserve.server.engine.reports import EngineState, Reports
@@ -38,46 +34,11 @@ from deltaserve.server.engine.routing import Routing
 from deltaserve.server.engine.slots import SPARE, Ticket
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.swapping import Swapping
+from deltaserve.server.engine.variant_engine import STOP_SECONDS, VariantEngine, checked_kind, load_tokenizer
 from deltaserve.server.engine.wrapped import Fitted, VersionDeltas, WrappedModel
 
-STOP_SECONDS = 10.0
 
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """How the engine runs; the settings have the same names.
-
-    ``context`` None is the model's own, ``threads`` None the numeric libraries' own choice. ``cache_tokens`` are shared
-    by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and ``bank_slots`` bound the
-    variants in memory, ``host_bytes`` the artifacts that stay open. ``weights``: those of linear layers are ``plain``,
-    in ``dtype``; ``int8`` with a float32 scale a row; or ``packed``, kept twice where that is faster. ``policy`` is
-    ``auto``, ``mixed`` or ``swap`` (policy.py).
-    """
-
-    dtype: str = "float32"
-    weights: str = "plain"
-    policy: str = "auto"
-    backend: str = "auto"
-    bank_bytes: int = 2**30
-    bank_slots: int = 64
-    host_bytes: int = 2**32
-    cache_tokens: int = 16384
-    context: int | None = None
-    max_running: int = 32
-    max_waiting: int = 256
-    batch_tokens: int = 512
-    threads: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """How many tensors of an artifact apply here, of how many."""
-
-    applied: int
-    total: int
-
-
-class Engine:
+class Engine(VariantEngine):
     """Loads the base (whatever ``open_checkpoint`` opens) and wraps its layers; ``start`` makes it take requests.
 
     ``load`` replaces the reading of artifacts, for tests. ``policy`` says what is swapped now, and how often it was.
@@ -97,7 +58,7 @@ class Engine:
             torch.set_num_threads(limits.threads)
         checkpoint = open_checkpoint(base)
         model = _load_model(checkpoint, limits.dtype)
-        self.tokenizer = _load_tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(checkpoint)
         self.fingerprint = fingerprint(checkpoint)
         self.context_length = _context(model, limits)
         self.stop_ids = _stop_ids(model, self.tokenizer)
@@ -108,7 +69,7 @@ class Engine:
             limits.bank_slots + SPARE,
             backend(limits.backend),
             tied=checkpoint.tied,
-            kept=_checked_kind(limits.weights),
+            kept=checked_kind(limits.weights),
         )
         check_kind(limits.policy, self._wrapped.fixed)
         self.vocab_size = self._wrapped.vocabulary
@@ -128,7 +89,6 @@ class Engine:
             running=limits.max_running,
         )
         self._artifacts.is_disturbing = lambda: bool(self._batching.router.jobs)
-        self._entering = 0
 
     def start(self) -> None:
         """Start generating, and answer once. Raises UnsupportedCheckpoint where the base cannot run here."""
@@ -144,10 +104,6 @@ class Engine:
         """Stop generating and loading; what still runs fails with GenerationFailed. Cannot be started again."""
         self._batching.halt(STOP_SECONDS)
         self.bank.close()
-
-    def ready(self) -> bool:
-        """Whether requests are taken now."""
-        return self.failure is None
 
     @property
     def failure(self) -> str | None:
@@ -200,39 +156,11 @@ class Engine:
         self._check_size(prompt_ids, sampling)
         if version is None:
             return self._begin(prompt_ids, None, None, sampling, arrived)
-        self._entering += 1
-        ticket = self.bank.hold(version)
-        is_cold = not ticket.future.done()
-        try:
-            resident = await asyncio.wrap_future(ticket.future)
-            if is_cold:
-                self.bank.reports.waited(version.variant, perf_counter() - arrived)
-            return self._begin(prompt_ids, ticket, resident.fitted, sampling, arrived)
-        except BaseException:  # refused, or given up waiting: asyncio's CancelledError is no Exception
-            self.bank.let_go(ticket)
-            raise
-        finally:
-            self._entering -= 1
+        async with self._holding(version) as ticket:
+            return self._begin(prompt_ids, ticket, ticket.future.result().fitted, sampling, arrived)
 
-    def forget(self, digest: str) -> None:
-        """Free a version's memory, now or when its last request is over."""
-        self.bank.forget(digest)
-        self._artifacts.opened.forget(digest)
-
-    def tier(self, digest: str) -> Tier:
-        """Where a version is: in the bank (``resident``), on its way there, opened on the host, or in the store."""
-        return self.bank.state(digest) or ("host" if digest in self._artifacts.opened else "store")
-
-    def check_fits(self, artifact: Artifact) -> Fit:
-        """The receipt for an artifact. Raises BaseMismatch, and UnsupportedArtifact where it does not apply whole."""
-        self._artifacts.check_base(artifact)
-        if not artifact.names:
-            raise UnsupportedArtifact(
-                f"{artifact.path} changes nothing: it holds no tensor that differs from the base's"
-            )
-        shapes = {name: artifact.specs(name)[0].shape for name in artifact.names}
+    def _check_whole(self, artifact: Artifact, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._wrapped.check_whole(shapes, artifact.manifest.tied_head)
-        return Fit(len(artifact.names), len(artifact.names))
 
     def _policy(self) -> Policy:
         fixed = self.limits.policy == "mixed" or self._wrapped.fixed is not None
@@ -254,10 +182,7 @@ class Engine:
                 f"{sampling.max_tokens}, together {wanted}. Shorten the prompt or lower max_tokens",
                 param="max_tokens" if len(prompt_ids) < self.context_length else "prompt",
             )
-        if (room := self.limits.max_running + self.limits.max_waiting) <= self.requests:
-            raise QueueFull(f"{room} requests are running or waiting, and no more may; try again later")
-        if (failure := self.failure) is not None:
-            raise EngineDown(failure)
+        self._check_room()
 
     def _begin(
         self,
@@ -302,19 +227,6 @@ def _load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
             f"{checkpoint.folder} ({type(model).__name__}) uses {feature}, which is not supported yet"
         )
     return model.eval()
-
-
-def _checked_kind(weights: str) -> str:
-    if weights not in ("plain", "int8", "packed"):
-        raise OptionError(f"Unknown kind of weights {weights!r}; known are plain, int8, packed")
-    return weights
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder} has no tokenizer that can be loaded: {error}") from error
 
 
 def _context(model: PreTrainedModel, limits: EngineLimits) -> int:

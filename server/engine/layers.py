@@ -6,7 +6,7 @@ not copied). A linear layer's product is the kernel backend's, an embedding's th
 
 import inspect
 import math
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from deltaserve.server.engine.routing import Rows
 
 Prepared = Any
 """A delta as a layer keeps it: in the backend's layout for a matrix, float32 ``[n]`` for a bias or norm."""
+
+LayOut = Callable[[Delta], Prepared]
+"""The backend's way of bringing the deltas of one variant into its layout."""
 
 
 class Siblings:
@@ -79,8 +82,8 @@ class DeltaLinear(nn.Module):
         shape = tuple(self.get_parameter(parameter).shape)
         return shape[::-1] if isinstance(self, Conv1D) else shape
 
-    def prepare(self, delta: Delta) -> Prepared:
-        return reference.unpack(delta) if len(delta.shape) == 1 else self.siblings.backend.prepare(delta)
+    def prepare(self, delta: Delta, lay_out: LayOut) -> Prepared:
+        return reference.unpack(delta) if len(delta.shape) == 1 else lay_out(delta)
 
     def install(self, parameter: str, slot: int, prepared: Prepared | None) -> None:
         layers = self.siblings.layers
@@ -143,8 +146,8 @@ class DeltaEmbedding(nn.Module):
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         return tuple(self.get_parameter(parameter).shape)
 
-    def prepare(self, delta: Delta) -> Prepared:
-        return self.backend.prepare(delta)
+    def prepare(self, delta: Delta, lay_out: LayOut) -> Prepared:
+        return lay_out(delta)
 
     def install(self, parameter: str, slot: int, prepared: Prepared | None) -> None:
         self.weights[slot] = prepared

@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact, open_artifact
+from deltaserve.delta_store.codec.mapped import MappedTensors
 from deltaserve.delta_store.codec.specs import XorSpec
 from deltaserve.delta_store.errors import BaseMismatch, CorruptArtifact, ProfileMissing
 from deltaserve.delta_store.profile import Profile
@@ -55,7 +55,7 @@ class OpenArtifacts:
             self._known[digest] = artifact, now
             while sum(state[-1] for _, state in self._known.values()) > self._budget_bytes:
                 self._known.popitem(last=False)
-        return replace(artifact, reader=safe_open(path, "pt"))  # mapped anew: pages once read count as memory
+        return replace(artifact, reader=MappedTensors(path))  # anew: pages once read count as memory
 
     def forget(self, digest: str) -> None:
         with self._lock:
@@ -83,13 +83,18 @@ class ArtifactLoader:
         """Whether a load takes time from running requests."""
 
     def __call__(self, version: Version) -> VersionDeltas:
-        """Raises ArtifactError: missing, damaged, another version's bytes, of another base, without its profile."""
+        """What the layers take. Raises as ``open``, and for an artifact whose profile is not there."""
+        artifact = self.open(version)
+        return VersionDeltas(self.deltas(artifact), artifact.manifest.tied_head, stop_ids(artifact))
+
+    def open(self, version: Version) -> Artifact:
+        """A version's artifact. Raises ArtifactError: missing, damaged, another version's bytes, of another base."""
         path = Path(version.path)
         if not path.is_file():
             raise CorruptArtifact(f"The artifact of variant {version.variant!r} is not at {path}; upload it again")
         artifact = self.opened.open(path, version.digest)
         self.check_base(artifact)
-        return VersionDeltas(self._in_slices(self.deltas(artifact)), artifact.manifest.tied_head, stop_ids(artifact))
+        return artifact
 
     def check_base(self, artifact: Artifact) -> None:
         """Raise BaseMismatch for an artifact that was made for another base."""
@@ -100,7 +105,10 @@ class ArtifactLoader:
             )
 
     def deltas(self, artifact: Artifact) -> Iterator[tuple[str, Delta]]:
-        """Every parameter of the artifact with its decoded delta, one at a time."""
+        """Every parameter of the artifact with its decoded delta, one at a time, in slices."""
+        return self._in_slices(self._decoded(artifact))
+
+    def _decoded(self, artifact: Artifact) -> Iterator[tuple[str, Delta]]:
         profile = self._profile(artifact)
         for name in artifact.names:
             is_lossless = any(isinstance(spec, XorSpec) for spec in artifact.specs(name))

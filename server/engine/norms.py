@@ -39,7 +39,7 @@ class DeltaNorm(nn.Module):
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         return tuple(self.get_parameter(parameter).shape)
 
-    def prepare(self, delta: Delta) -> Tensor:
+    def prepare(self, delta: Delta, lay_out: object = None) -> Tensor:
         values, part = reference.unpack(delta), delta.parts[0]
         exact = len(delta.parts) == 1 and isinstance(part, Dense) and part.values.codec == "bf16"
         return values.bfloat16() if exact else values

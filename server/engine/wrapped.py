@@ -144,12 +144,13 @@ class WrappedModel:
         prepared: dict[str, Prepared] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         overwrites = 0
-        for name, delta in version.deltas:
-            self.check({name: delta.shape})
-            prepared[name] = self._layers[name][0].prepare(delta)
-            shapes[name] = delta.shape
-            if name in self.weights:
-                overwrites += _changed_values(delta) * self.weights[name].element_size()
+        with self.backend.one_variant() as lay_out:
+            for name, delta in version.deltas:
+                self.check({name: delta.shape})
+                prepared[name] = self._layers[name][0].prepare(delta, lay_out)
+                shapes[name] = delta.shape
+                if name in self.weights:
+                    overwrites += _changed_values(delta) * self.weights[name].element_size()
         vocabulary = self.check_whole(shapes, version.tied_head)
         nbytes = sum(nbytes_of(values) for values in prepared.values())
         if self.tied and version.tied_head and self._embedding in prepared:

@@ -13,6 +13,7 @@ from sample_artifacts import BASE, CODED, Weights, all_parts, read_all, values, 
 
 from deltaserve.delta_store.codec import encode
 from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
+from deltaserve.delta_store.codec.mapped import MappedTensors
 from deltaserve.delta_store.codec.specs import DenseSpec, SparseSpec, Spec
 from deltaserve.delta_store.errors import ArtifactError, CorruptArtifact, ProfileMissing, UnsupportedArtifact
 from deltaserve.kernels.parts import Codes, Delta, Dense
@@ -156,3 +157,12 @@ def test_a_failure_leaves_nothing_behind(path: Path) -> None:
         write(path.parent / "no" / "such" / "folder")
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_mapped_tensors_are_those_of_the_file_and_outlive_it(path: Path) -> None:
+    with safe_open(path, "pt") as whole:
+        expected = {key: whole.get_tensor(key) for key in whole.keys()}  # noqa: SIM118
+    mapped = MappedTensors(path)
+    path.unlink()
+    assert len(expected) > 5
+    assert all(torch.equal(mapped.get_tensor(key), tensor) for key, tensor in expected.items())

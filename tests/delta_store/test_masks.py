@@ -11,6 +11,7 @@ from deltaserve.delta_store.codec import masks
 from deltaserve.delta_store.codec.masks import uniform_columns, uniform_factors, weighted_columns
 from deltaserve.delta_store.codec.philox import key_for, philox
 from deltaserve.delta_store.errors import OptionError
+from deltaserve.kernels.cpu import columns as compiled
 
 WIDTHS = st.sampled_from([1, 2, 63, 64, 133])
 WEIGHT = st.integers(0, 255).map(lambda code: (16 + (code & 15)) << (code >> 4))
@@ -160,3 +161,42 @@ def test_weights_that_would_overflow_are_refused() -> None:
         weighted_columns(torch.full((5,), largest + 1), 0, "w", 2, 4)
     with pytest.raises(OptionError, match="weight is 0"):
         weighted_columns(torch.tensor([1, 0]), 0, "w", 2, 1)
+
+
+@given(seed=st.integers(0, 2**63 - 1), width=st.one_of(WIDTHS, st.integers(1, 300)), data=st.data())
+def test_compiled_draws_are_the_same_number_for_number(seed: int, width: int, data: st.DataObject) -> None:
+    kept, blocks = data.draw(st.integers(1, width)), data.draw(st.integers(1, 7))
+    kinds = st.one_of(WEIGHT, st.integers(1, 3), st.integers(1, ((1 << 62) - 1) // (width * kept)))
+    one_kind = data.draw(st.sampled_from([WEIGHT, st.integers(1, 3), kinds]))
+    weights = torch.tensor(data.draw(st.lists(one_kind, min_size=width, max_size=width)))
+    key = key_for(seed, "w")
+    assert compiled.uniform_columns(key, blocks, width, kept).equal(uniform_columns(seed, "w", blocks, width, kept))
+    columns, factors = compiled.weighted_columns(weights, key, blocks, kept)
+    expected, expected_factors = weighted_columns(weights, seed, "w", blocks, kept)
+    assert columns.equal(expected)
+    assert factors.view(torch.int32).equal(expected_factors.view(torch.int32))
+
+
+@pytest.mark.parametrize(("width", "kept", "blocks"), [(576, 12, 96), (1536, 31, 36), (70_000, 70, 9), (4096, 205, 64)])
+@pytest.mark.parametrize("spread", [0, 3, 15])
+def test_compiled_draws_of_real_layers(width: int, kept: int, blocks: int, spread: int) -> None:
+    """``spread`` 15: a few columns are so heavy that they are kept in every block."""
+    rng = torch.Generator().manual_seed(width)
+    codes = torch.randint(0, 16, (width,), generator=rng) | torch.randint(0, spread + 1, (width,), generator=rng) << 4
+    weights = (16 + (codes & 15)) << (codes >> 4)
+    weights[: kept // 3] *= 1 + 99 * (spread == 15)
+    columns, factors = compiled.weighted_columns(weights, key_for(4, "w"), blocks, kept)
+    expected, expected_factors = weighted_columns(weights, 4, "w", blocks, kept)
+    assert columns.equal(expected)
+    assert factors.equal(expected_factors)
+    assert compiled.uniform_columns(key_for(4, "w"), blocks, width, kept).equal(
+        uniform_columns(4, "w", blocks, width, kept)
+    )
+
+
+def test_weights_that_cannot_be_drawn_from_are_refused_by_the_compiled_draw_too() -> None:
+    largest = ((1 << 62) - 1) // (5 * 4)
+    compiled.weighted_columns(torch.full((5,), largest), (1, 2), 2, 4)
+    for weights, kept in ((torch.full((5,), largest + 1), 4), (torch.tensor([1, 0]), 1), (torch.tensor([1, -5]), 1)):
+        with pytest.raises(ValueError, match="cannot be drawn"):
+            compiled.weighted_columns(weights, (1, 2), 2, kept)

@@ -93,7 +93,8 @@ struct Made {
         } else if (kind == Kind::low_rank) {
             made.kept = between(1, 9);
             made.a = codes(made.kept, width, codec, group);
-            made.b = codes(made.kept, rows, codec, group); // column after column, a scale for each row
+            made.b = codes(made.kept, rows, codec, group); // column after column, a scale for each row or for some chunks of them
+            made.b.group = pick({1, 16, 48});
             if (made.b.scales) made.b.scales = keep(std::vector<uint16_t>((rows + CHUNK - 1) / CHUNK * CHUNK, 0x3f80));
         } else if (kind == Kind::dense) {
             made.a = codes(rows, width, codec, group);

@@ -15,4 +15,5 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     with serving(BASE, VARIANTS, tmp_path) as engine:
         yield engine
         assert engine.requests == 0
+        assert engine._batching.router.begun == 0
         assert set(engine.bank.holders.values()) <= {0}

@@ -36,7 +36,7 @@ from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Delta, Rows
 from deltaserve.server.engine.encoder import EncoderEngine
 from deltaserve.server.engine.encoder_model import EncoderDeltas
-from deltaserve.server.engine.engine import EngineLimits
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.requests import Version
 
 SMALL = EngineLimits(bank_slots=4, batch_tokens=64, max_running=4, max_waiting=60)
@@ -262,6 +262,7 @@ def test_a_model_that_does_not_work_at_all_is_told_to_health(tmp_path: Path, mon
     served.engine._batches._thread.join(30)
     assert not served.engine.ready()
     assert "the device is gone" in str(served.engine.failure)
+    assert served.engine.lost == served.engine.failure
     with pytest.raises(EngineDown, match="the device is gone"):
         asyncio.run(served.embed("", [[5]]))
     served.engine.stop()

@@ -12,8 +12,9 @@ from deltaserve.delta_store.codec.artifact import open_artifact, write_artifact
 from deltaserve.delta_store.codec.specs import DenseSpec
 from deltaserve.delta_store.errors import BaseMismatch, CorruptArtifact, UnsupportedArtifact
 from deltaserve.kernels.parts import Dense
-from deltaserve.server.engine.engine import Engine, Fit
+from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.requests import Sampling, Version
+from deltaserve.server.engine.variant_engine import Fit
 
 PROMPT = [5, 9, 33, 2]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.reference import unpack
-from deltaserve.server.engine import continuous_batching
+from deltaserve.server.engine.continuous_batching import cache
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.requests import Version
 
@@ -111,7 +111,7 @@ async def cached_tokens(engine: Engine, prompt: list[int], owner: str) -> int:
 
 def test_without_the_salt_shared_prefixes_give_wrong_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the salt is for: with it taken out, one version continues what another one computed."""
-    monkeypatch.setattr(continuous_batching, "salt_of", lambda request_id: None)
+    monkeypatch.setattr(cache, "salt_of", lambda request_id: None)
     base = tiny_llama()
     variants = variants_of(base, ("dense", "sparse16", "low_rank"))
     with serving(base, variants, tmp_path) as engine:
@@ -120,9 +120,9 @@ def test_without_the_salt_shared_prefixes_give_wrong_tokens(tmp_path: Path, monk
 
 def test_a_full_cache_displaces_requests_and_brings_them_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     displaced = []
-    displace = continuous_batching.api.OffloadingManager.offload_requests
+    displace = cache.api.OffloadingManager.offload_requests
     monkeypatch.setattr(
-        continuous_batching.api.OffloadingManager,
+        cache.api.OffloadingManager,
         "offload_requests",
         lambda self: displaced.append(1) or displace(self),
     )

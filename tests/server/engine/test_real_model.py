@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.profile import Profile
 from deltaserve.kernels.reference import unpack
-from deltaserve.server.engine.engine import Engine, EngineLimits
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.requests import Version
 
 DEMO = Path(__file__).parents[3] / "deploy" / "demo"

@@ -205,6 +205,42 @@ def broken(method: Callable[..., Any]) -> Callable[..., Any]:
     return half
 
 
+def breaking_vectors(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, swap_in: bool) -> None:
+    """The second vector that would be altered on the way in, or out, is not; once."""
+    calls = 0
+
+    def alter_of(layer: Any) -> Callable[..., None]:
+        own = layer.alter
+
+        def alter(parameter: str, prepared: torch.Tensor | None) -> None:
+            nonlocal calls
+            calls += (prepared is not None) == swap_in
+            if calls == 2:
+                calls += 1
+                raise RuntimeError("the power went")
+            own(parameter, prepared)
+
+        return alter
+
+    for layer in {layer for layer, _ in engine._wrapped.vectors.values()}:
+        monkeypatch.setattr(layer, "alter", alter_of(layer))
+
+
+@pytest.mark.parametrize("swap_in", [True, False])
+def test_a_crash_between_weights_and_norms_leaves_the_base_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap_in: bool
+) -> None:
+    variants = {"v": random_variant(BASE, "dense", seed=1)}
+    on = Version("v", "v", "")
+    with serving(BASE, variants, tmp_path, SWAP) as engine:
+        before = all_bytes(engine)
+        breaking_vectors(engine, monkeypatch, swap_in=swap_in)
+        assert ask(engine, on) == alone(variants["v"].merged, PROMPT, 20)
+        assert ask(engine, None) == alone(BASE, PROMPT, 20)
+        assert all_bytes(engine) == before
+        assert "the power went" in (engine.policy.failure or "")
+
+
 @pytest.mark.parametrize("way", ["swap_in_all_", "swap_out_all_"])
 @pytest.mark.parametrize("base", [BASE, tiny_gpt2()], ids=["llama", "gpt2"])
 def test_a_crash_in_the_middle_of_a_swap_leaves_the_base_as_it_was(

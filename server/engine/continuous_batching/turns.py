@@ -1,7 +1,4 @@
-"""Policy ``swap``: every batch has one owner, the base or one version, and owners take turns in order of arrival.
-
-Beside ``continuous_batching.py`` this alone knows the batching library: its scheduler.
-"""
+"""Policy ``swap``: every batch has one owner, the base or one version, and owners take turns in order of arrival."""
 
 # mypy: disallow-subclassing-any=False
 
