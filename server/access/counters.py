@@ -52,9 +52,9 @@ class Counters:
         stats = self._requests.get_window_stats(_item(limit), subject, "requests")
         return Room(limit, stats.remaining, max(stats.reset_time - time.time(), 0.0))
 
-    def count_request(self, subject: str, limit: int) -> None:
-        """One more, if there is room."""
-        self._requests.hit(_item(limit), subject, "requests")
+    def count_request(self, subject: str, limit: int) -> bool:
+        """One more, if there is room; tells whether there was."""
+        return self._requests.hit(_item(limit), subject, "requests")
 
     def tokens(self, subject: str, limit: int) -> Room:
         """What a subject has left of ``limit`` tokens a minute."""

@@ -95,8 +95,9 @@ class Rates:
         def enter(counters: Counters) -> dict[str, str]:
             rooms = [room for subject in subjects for room in self._check(counters, subject, tokens)]
             for subject in subjects:
-                if subject.limits.requests is not None:
-                    counters.count_request(subject.id, subject.limits.requests)
+                limit = subject.limits.requests
+                if limit is not None and not counters.count_request(subject.id, limit):
+                    raise _no_request_left(subject.label, counters.requests(subject.id, limit))  # another server's now
                 if subject.limits.tokens is not None:
                     self._take(counters, subject.id, subject.limits.tokens, tokens)
             with self._running_lock:
@@ -127,8 +128,7 @@ class Rates:
             room = counters.requests(subject.id, limits.requests)
             rooms.append(("requests", room, 1))
             if room.remaining < 1:
-                said = f"{subject.label} may send {limits.requests} requests a minute"
-                raise _refused(RequestLimitReached, f"{said}; {_later(room.reset_s)}", "requests", room, room.reset_s)
+                raise _no_request_left(subject.label, room)
         if limits.tokens is not None:
             self._pay(counters, subject.id, limits.tokens)
             room, owed = counters.tokens(subject.id, limits.tokens), self._owed[subject.id]
@@ -169,6 +169,11 @@ def headers(rooms: Sequence[tuple[str, Room]]) -> dict[str, str]:
             ("reset", f"{room.reset_s:.3g}s"),
         )
     }
+
+
+def _no_request_left(label: str, room: Room) -> AccessError:
+    said = f"{label} may send {room.limit} requests a minute; {_later(room.reset_s)}"
+    return _refused(RequestLimitReached, said, "requests", room, room.reset_s)
 
 
 def _refused(failure: type[AccessError], message: str, kind: str, room: Room, wait_s: float) -> AccessError:
