@@ -36,15 +36,6 @@ class Served:
     process: "subprocess.Popen[bytes]"
     store: Path | None = None
 
-    def pause(self) -> None:
-        """Stop it and the processes that it started, until ``resume``."""
-        for process in self._processes():
-            process.suspend()
-
-    def resume(self) -> None:
-        for process in self._processes():
-            process.resume()
-
     def stop(self) -> None:
         """End it, and those of its processes that it leaves behind."""
         processes = self._processes() if self.process.poll() is None else []

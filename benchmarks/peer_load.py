@@ -1,8 +1,8 @@
-"""How peers.py loads the servers that it compares: in turns, one at a time, the others stopped."""
+"""How peers.py loads the servers that it compares, in turns: whoever is not asked idles."""
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -33,21 +33,13 @@ class Contestant:
 
 def compared(contestants: Sequence[Contestant], concurrency: Sequence[int], repeats: int) -> list[Row]:
     """Every contestant at every concurrency once a repeat, after one short request to each model."""
-    servers = list({server.url: server for one in contestants for server, _ in one.models}.values())
     measured: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-
-    def alone(contestant: Contestant) -> ExitStack:
-        own = {server.url for server, _ in contestant.models}
-        return stopped([server for server in servers if server.url not in own])
-
     for contestant in contestants:
-        with alone(contestant):
-            warm(contestant)
+        warm(contestant)
     for repeat in range(repeats):
         for clients in concurrency:
             for contestant in contestants[:: -1 if repeat % 2 else 1]:
-                with alone(contestant):
-                    found = measure(contestant, clients, seed=repeat)
+                found = measure(contestant, clients, seed=repeat)
                 measured.setdefault((contestant.system, clients), []).append(found)
                 what = f"  {contestant.system}, {clients} concurrent, repeat {repeat + 1} of {repeats}"
                 print(f"{what}: {found[0]:.1f} tokens/s, TTFT {found[1]:.0f} ms", flush=True)
@@ -63,15 +55,6 @@ def compared(contestants: Sequence[Contestant], concurrency: Sequence[int], repe
         }
         for (system, clients), rows in measured.items()
     ]
-
-
-def stopped(servers: Sequence[Served]) -> ExitStack:
-    """While this holds, these servers take no time of the processors: vLLM's processes poll even when none asks."""
-    stack = ExitStack()
-    for server in servers:
-        server.pause()
-        stack.callback(server.resume)
-    return stack
 
 
 def warm(contestant: Contestant) -> None:
