@@ -37,7 +37,7 @@ from deltaserve.server.api.tokenisers import Tokenisers
 from deltaserve.server.console import figures, page
 from deltaserve.server.files.store import FileStore
 from deltaserve.server.files.uploads import Uploads
-from deltaserve.server.jobs.runner import Runner
+from deltaserve.server.jobs.runner import Runner, WorkerLimits
 from deltaserve.server.jobs.store import JobStore
 from deltaserve.server.settings import Settings
 from deltaserve.server.version import installed_version
@@ -129,8 +129,7 @@ def runner_of(app: FastAPI) -> Runner:
         base=settings.base,
         profile=settings.folder / "jobs" / f"profile-{state.engine.fingerprint}.safetensors",
         at_once=settings.max_jobs,
-        memory_bytes=settings.job_memory_bytes,
-        threads=settings.job_threads,
+        limits=WorkerLimits(settings.job_memory_bytes, settings.job_threads, settings.job_nice),
     )
 
 

@@ -50,7 +50,8 @@ class Settings(BaseSettings):
     job_memory_bytes: PositiveInt = Field(
         16 * 2**30, description="Memory that a job may use before it is ended, in bytes"
     )
-    job_threads: PositiveInt = Field(1, description="Threads of a job, which gives way to serving")
+    job_threads: PositiveInt = Field(1, description="Threads of a job")
+    job_nice: int = Field(10, ge=0, le=19, description="How far a job gives way to serving, as nice has it; 19 is most")
     adapter_folders: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Folders from which /v1/load_lora_adapter may load, as FOLDER,FOLDER; none if not given"
     )

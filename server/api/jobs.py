@@ -136,7 +136,7 @@ def answered(job: Job) -> JobObject:
         variant=job.variant,
         created_at=int(job.created),
         finished_at=None if job.finished is None else int(job.finished),
-        tolerance=job.tolerance,
+        tolerance=job.search.tolerance,
         points=[PointObject(**point) for point in job.points],
         result=job.result,
         quality=job.result and job.result["quality"],

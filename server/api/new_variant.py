@@ -16,10 +16,11 @@ from starlette.datastructures import State
 
 from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.errors import FileNotFound, RequestRefused
+from deltaserve.delta_store.pruning.methods import method
 from deltaserve.delta_store.selection.tolerance import REPORT_BYTES
 from deltaserve.server.api import profiles
 from deltaserve.server.api.bounded import counted
-from deltaserve.server.api.fields import Between, Body, Text
+from deltaserve.server.api.fields import Between, Body, Text, shown
 from deltaserve.server.api.forms import Form
 from deltaserve.server.api.jobs import JobObject, answered
 from deltaserve.server.api.kinds import is_encoder
@@ -31,7 +32,7 @@ from deltaserve.server.files.contents import Contents, contents_of
 from deltaserve.server.files.links import link
 from deltaserve.server.files.store import FileStore
 from deltaserve.server.jobs.runner import Made
-from deltaserve.server.jobs.store import Job
+from deltaserve.server.jobs.store import Job, SearchOrder
 
 DEFAULT_TOLERANCE = {"max_kl": "2%"}
 MOST_FILES = 1000
@@ -47,7 +48,8 @@ class FromFiles(Body):
     """One of ``file_id``, ``file_ids`` and ``digest`` (SHA-256 in hex), and for a checkpoint at most one tolerance.
 
     ``max_kl`` is in nats, or as text a share of the base's own KL (``"2%"``, which is also the default);
-    ``min_agreement`` a fraction. ``force``: register the nearest artifact where none is within the tolerance.
+    ``min_agreement`` a fraction. ``method`` and its ``options`` narrow the search, as those of ``deltaserve compress``
+    do. ``force``: register the nearest artifact where none is within the tolerance.
     """
 
     name: Text
@@ -59,6 +61,8 @@ class FromFiles(Body):
     ) = None
     min_agreement: Annotated[float, Between(0, 1, above=True)] | None = None
     bytes: Annotated[int, Between(REPORT_BYTES + 1, 2**62)] | None = None
+    method: Text | None = None
+    options: Annotated[dict[str, str | int | float], Field(max_length=32)] | None = None
     force: bool = False
 
     @model_validator(mode="after")
@@ -163,14 +167,14 @@ def _begin_job(body: FromFiles, contents: Contents, state: State, sender: str | 
             f"The base {state.settings.base_name!r} is an encoder: it predicts no tokens, so no tolerance can be "
             "measured. Send what deltaserve compress writes of this checkpoint"
         )
+    _check_method(body)
     own = {"config.json": open_checkpoint(state.settings.base).folder / "config.json"}
     job = state.jobs.create(
         body.name,
         {**own, **contents.files},
         contents.text,
-        body.tolerance or DEFAULT_TOLERANCE,
-        force=body.force,
-        sender=sender,
+        SearchOrder(body.tolerance or DEFAULT_TOLERANCE, body.method, body.options or {}, body.force),
+        sender,
     )
     state.runner.wake()
     return answered(job)
@@ -185,8 +189,23 @@ def register_made(job: Job, made: Made, state: State) -> dict[str, Any]:
     return asdict(register(job.variant, made.artifact, state))
 
 
+def _check_method(body: FromFiles) -> None:
+    """Refuse at once what the search would refuse later."""
+    given = body.options or {}
+    if body.method is None:
+        if given:
+            raise RequestRefused("'options' are those of a method; name it in 'method'", "options")
+        return
+    chosen = method(body.method)
+    for name, value in given.items():
+        kind = type(chosen.defaults.get(name, value))
+        if not isinstance(value, kind | int if kind is float else kind):
+            raise RequestRefused(f"'options.{name}' must be of type {kind.__name__}; got {shown(value)}", "options")
+    chosen.options(given)
+
+
 def _check_no_tolerance(body: FromFiles) -> None:
-    given = [*(body.tolerance or {}), *(["force"] if body.force else [])]
+    given = [*(body.tolerance or {}), *(name for name in ("method", "options", "force") if getattr(body, name))]
     if given:
         raise RequestRefused(
             f"{given[0]!r} is for a whole checkpoint; an artifact or adapter is registered as it is: leave it out",

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ class Made:
     profile_file: Path
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """What a worker may take; ``nice`` is how far it gives way to other processes, 0 to 19."""
+
+    memory_bytes: int
+    threads: int
+    nice: int
+
+
 class Runner:
     """``at_once`` threads that each run one job after the other, from ``start`` to ``stop``.
 
@@ -55,12 +64,11 @@ class Runner:
         base: str,
         profile: Path,
         at_once: int,
-        memory_bytes: int,
-        threads: int,
+        limits: WorkerLimits,
     ) -> None:
         self._jobs, self._finish = jobs, finish
         self._base, self._profile = base, profile
-        self._memory_bytes, self._threads = memory_bytes, threads
+        self._limits = limits
         self._stopping, self._woken = threading.Event(), threading.Event()
         self._runners = [threading.Thread(target=self._work, name=f"job-{i}", daemon=True) for i in range(at_once)]
 
@@ -127,7 +135,7 @@ class Runner:
                 if "stage" in said:
                     self._jobs.report(job.id, said["stage"], said["progress"], said["points"])
 
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._limits.threads)}
         with subprocess.Popen(
             [sys.executable, "-m", WORKER],
             stdin=subprocess.PIPE,
@@ -150,10 +158,8 @@ class Runner:
             "base": self._base,
             "folder": str(self._jobs.folder(job.id)),
             "profile": str(self._profile),
-            "tolerance": job.tolerance,
-            "force": job.force,
-            "memory_bytes": self._memory_bytes,
-            "threads": self._threads,
+            "search": asdict(job.search),
+            **asdict(self._limits),
         }
         if process.stdin:
             process.stdin.write(json.dumps(order) + "\n")

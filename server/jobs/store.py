@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -32,8 +32,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             id TEXT NOT NULL UNIQUE,
             variant TEXT NOT NULL,
             sender TEXT,
-            tolerance TEXT NOT NULL,
-            force INTEGER NOT NULL,
+            search TEXT NOT NULL,
             created REAL NOT NULL,
             finished REAL,
             starts INTEGER NOT NULL DEFAULT 0,
@@ -50,8 +49,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class SearchOrder:
+    """``tolerance`` is one limit by its name; ``method`` and ``options`` narrow the search as those of compress do.
+
+    ``force``: the nearest artifact will do where none is within the tolerance.
+    """
+
+    tolerance: dict[str, Any]
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """``tolerance`` is one limit by its name; ``points`` were tried; ``starts`` counts how often it was begun.
+    """``search`` says what to look for; ``points`` were tried; ``starts`` counts how often it was begun.
 
     ``sender`` is the name of the key that it came with. Times in Unix seconds.
     """
@@ -59,8 +71,7 @@ class Job:
     id: str
     variant: str
     sender: str | None
-    tolerance: dict[str, Any]
-    force: bool
+    search: SearchOrder
     created: float
     finished: float | None
     starts: int
@@ -98,9 +109,7 @@ class JobStore:
         variant: str,
         files: Mapping[str, Path],
         text: Path | None,
-        tolerance: Mapping[str, Any],
-        *,
-        force: bool = False,
+        search: SearchOrder,
         sender: str | None = None,
     ) -> Job:
         """A new job for a checkpoint of these ``files``, by name, which it links to: they may be removed at once."""
@@ -114,8 +123,8 @@ class JobStore:
                 link(text, folder / TEXT)
             with self._rows.transaction() as run:
                 run.execute(
-                    "INSERT INTO jobs (id, variant, sender, tolerance, force, created) VALUES (?, ?, ?, ?, ?, ?)",
-                    (job_id, variant, sender, json.dumps(tolerance), force, time.time()),
+                    "INSERT INTO jobs (id, variant, sender, search, created) VALUES (?, ?, ?, ?, ?)",
+                    (job_id, variant, sender, json.dumps(asdict(search)), time.time()),
                 )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -214,8 +223,7 @@ def _job(row: sqlite3.Row) -> Job:
         id=row["id"],
         variant=row["variant"],
         sender=row["sender"],
-        tolerance=json.loads(row["tolerance"]),
-        force=bool(row["force"]),
+        search=SearchOrder(**json.loads(row["search"])),
         created=row["created"],
         finished=row["finished"],
         starts=row["starts"],

@@ -1,7 +1,7 @@
 """The process that one job runs in: ``python -m deltaserve.server.jobs.worker``.
 
 Its order is a line of JSON on standard input, which then stays open: its end is this process's end. It says how far it
-is in lines of JSON on standard output. It gives way to every other process, and is the first that a machine short of
+is in lines of JSON on standard output. It gives way to other processes, and is the first that a machine short of
 memory ends.
 """
 
@@ -36,12 +36,12 @@ def main() -> None:
     """Do what standard input says."""
     say = _Voice()
     order = json.loads(sys.stdin.readline())
-    _give_way()
+    _give_way(order["nice"])
     threading.Thread(target=_watch, args=(order["memory_bytes"], say), daemon=True).start()
     try:
         say(**_made(order, say))
     except Exception as error:
-        say(error=_described(error, order))
+        say(error=_described(error))
         sys.exit(1)
 
 
@@ -58,7 +58,7 @@ class _Voice:
 
 def _made(order: Mapping[str, Any], say: _Voice) -> dict[str, Any]:
     """Search the artifact; returns where it is and the digest of the profile that it needs."""
-    say(stage="Check", progress=0.0, points=[])
+    say(stage="Check", progress=0.0, points=None)
     import torch
 
     from deltaserve.delta_store.selection.select import select
@@ -68,7 +68,7 @@ def _made(order: Mapping[str, Any], say: _Voice) -> dict[str, Any]:
     from deltaserve.server.jobs.store import CHECKPOINT, TEXT
 
     torch.set_num_threads(order["threads"])
-    folder = Path(order["folder"])
+    folder, search = Path(order["folder"]), order["search"]
     out, text = folder / ARTIFACT, folder / TEXT
     with told_of_the_upload(folder / CHECKPOINT):
         write_index(folder / CHECKPOINT)
@@ -76,10 +76,12 @@ def _made(order: Mapping[str, Any], say: _Voice) -> dict[str, Any]:
             order["base"],
             folder / CHECKPOINT,
             out,
-            _tolerance(order["tolerance"]),
+            _tolerance(search["tolerance"]),
+            method=search["method"],
+            options=search["options"],
             files=Files(text if text.exists() else None, None),
             profile=Path(order["profile"]),
-            force=order["force"],
+            force=search["force"],
             progress=_Progress(out, say),
         )
     return {"artifact": str(out), "profile": found.receipt.profile}
@@ -128,7 +130,7 @@ def _tolerance(given: Mapping[str, Any]) -> Any:
     return Tolerance(kind, value)
 
 
-def _described(error: Exception, order: Mapping[str, Any]) -> dict[str, Any]:
+def _described(error: Exception) -> dict[str, Any]:
     """OpenAI's error object."""
     from deltaserve.server.api import errors
 
@@ -140,8 +142,8 @@ def _described(error: Exception, order: Mapping[str, Any]) -> dict[str, Any]:
     return described
 
 
-def _give_way() -> None:
-    os.nice(19)
+def _give_way(nice: int) -> None:
+    os.nice(nice)
     with suppress(OSError):  # Linux: whom the kernel ends first when memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -153,7 +155,7 @@ def _watch(memory_bytes: int, say: _Voice) -> None:
             os._exit(1)  # nothing is ever sent after the order: this is the end of the pipe
         if (used := _memory()) > memory_bytes:
             limit = f"{memory_bytes:,} bytes (DELTASERVE_JOB_MEMORY_BYTES)"
-            say(error=_described(JobFailed(f"The worker needed {used:,} bytes of memory, it may have {limit}"), {}))
+            say(error=_described(JobFailed(f"The worker needed {used:,} bytes of memory, it may have {limit}")))
             os._exit(1)
 
 
