@@ -1,7 +1,6 @@
 """Limits of several servers with one real Redis: counted together, exactly, and loosened where Redis goes away."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from scripted_engine import ScriptedEngine
 from scripted_service import Service, serving
 
 from deltaserve.delta_store.errors import RequestLimitReached
+from deltaserve.server.access.counters import Room
 from deltaserve.server.access.keys import Limits
 from deltaserve.server.access.rates import Rates, Subject
 
@@ -41,22 +41,22 @@ def test_replicas_count_together(tmp_path: Path, limit: dict[str, int]) -> None:
         assert [ask(replica) for replica in replicas] == [200, 200], "without Redis nobody is turned away"
 
 
-def test_at_once_no_more_pass_than_may(tmp_path: Path) -> None:
-    """What one server sees as room may be taken by another before it counts."""
-    subject = [Subject("s", "S", Limits(requests=10))]
+def test_what_another_server_took_meanwhile_is_not_given_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = [Subject("s", "S", Limits(requests=1))]
+    with redis_server(tmp_path) as redis:
+        one, other = Rates(redis.url), Rates(redis.url)
+        look = one._shared.requests
+        looks: list[Room] = []
 
-    async def enter_all(rates: Rates) -> int:
-        async def enter() -> bool:
-            try:
-                await rates.enter(subject, 1)
-            except RequestLimitReached:
-                return False
-            return True
+        def look_then_be_overtaken(subject_id: str, limit: int) -> Room:
+            looks.append(look(subject_id, limit))
+            if len(looks) == 1:
+                asyncio.run(other.enter(subject, 1))
+            return looks[-1]
 
-        return sum(await asyncio.gather(*(enter() for _ in range(20))))
-
-    with redis_server(tmp_path) as redis, ThreadPoolExecutor(4) as pool:
-        servers = [Rates(redis.url) for _ in range(4)]
-        assert sum(pool.map(lambda rates: asyncio.run(enter_all(rates)), servers)) == 10
-        for rates in servers:
+        monkeypatch.setattr(one._shared, "requests", look_then_be_overtaken)
+        with pytest.raises(RequestLimitReached, match="1 requests a minute"):
+            asyncio.run(one.enter(subject, 1))
+        assert [room.remaining for room in looks] == [1, 0]
+        for rates in (one, other):
             rates.close()
