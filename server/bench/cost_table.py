@@ -116,7 +116,7 @@ class Costs:
         }
         for name, spread in self._moves().items():
             console.print(f"{labels[name]}: {spread} ms")
-        console.print(f"Medians of {self.setup['repeats']} repeats (20th to 80th percentile).", style="dim")
+        console.print(f"Medians of {len(self.reload_ms)} repeats (20th to 80th percentile).", style="dim")
 
     def _case_as_json(self, case: Case) -> dict[str, Any]:
         measured = self.cases[case]

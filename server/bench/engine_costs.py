@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -24,6 +24,7 @@ from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.merge import merge
 from deltaserve.delta_store.profile import file_name, profile_folder
 from deltaserve.server.bench import cost_table
+from deltaserve.server.bench.client import Record
 from deltaserve.server.bench.cost_table import Case, Costs
 from deltaserve.server.bench.engine_load import PROMPT_TOKENS, Load, answer, ask, drive, random_ids
 from deltaserve.server.bench.invented import invent
@@ -35,6 +36,7 @@ from deltaserve.server.engine.wrapped import VersionDeltas
 
 Show = Callable[[str, int, int], None]
 CHECKED_TOKENS = 4
+WARM_TOKENS = 2
 MOVES = 3
 """Variants that are loaded, and swaps each way, in one repeat."""
 NEVER_ASKED = 1_000_000
@@ -46,7 +48,8 @@ class Plan:
     """``variants`` are artifacts for ``base``; without any, one is made up. Answers have ``max_tokens`` exactly.
 
     As many variants are in memory as requests are under way, ``concurrency``, and twice as many rotate. Where that is
-    more than there are artifacts, they repeat, each copy in a memory of its own.
+    more than there are artifacts, they repeat, each copy in a memory of its own. After the first of at most ``repeats``
+    no more begins that would end later than ``minutes`` after the measurement began.
     """
 
     base: str
@@ -56,6 +59,7 @@ class Plan:
     repeats: int
     max_tokens: int
     seed: int
+    minutes: float
 
     def as_json(self) -> dict[str, object]:
         plan = {**asdict(self), "variants": [str(path) for path in self.variants] or "made up"}
@@ -70,7 +74,7 @@ class Engines:
 
 
 def measure(plan: Plan, show: Show = lambda stage, done, total: None) -> Costs:
-    """Runs every case ``repeats`` times. Raises OptionError, and DeltaServeError where the answers are wrong."""
+    """Runs every case, up to ``repeats`` times. Raises OptionError, and DeltaServeError where the answers are wrong."""
     if missing := [path for path in plan.variants if not path.is_file()]:
         raise OptionError(f"There is no artifact {missing[0]}; name files that `deltaserve compress` wrote")
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,21 +86,49 @@ def measure(plan: Plan, show: Show = lambda stage, done, total: None) -> Costs:
         with _engines(plan, artifacts, merged, show) as engines:
             _check(engines)
             cases = _cases(engines, plan.concurrency)
-            for repeat in range(plan.repeats + 1):
-                show("Measure", repeat, plan.repeats + 1)
-                loads = list(cases.items())[:: -1 if repeat % 2 else 1]
-                records = {case: asyncio.run(drive(load, plan.max_tokens, plan.seed + repeat)) for case, load in loads}
-                moves = (
-                    asyncio.run(_cold_ms(engines.beside, NEVER_ASKED + MOVES * repeat, plan.seed)),
-                    asyncio.run(_swap_ms(engines.swapping, plan.seed + repeat)),
-                    _reload_ms(merged),
-                )
-                if repeat:  # the first one warms up
-                    for case in cases:
-                        costs.add(case, records[case])
-                    for kept, ms in zip((costs.cold_ms, costs.swap_ms, costs.reload_ms), moves, strict=True):
-                        kept.append(ms)
+            end = time.monotonic() + 60.0 * plan.minutes
+            _repeat(replace(plan, max_tokens=WARM_TOKENS), 0, cases, engines, merged, show)
+            for repeat in range(1, plan.repeats + 1):
+                start = time.monotonic()
+                _repeat(plan, repeat, cases, engines, merged, show).into(costs)
+                now = time.monotonic()
+                if now + (now - start) > end:
+                    break
         return costs
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """What one repeat found: the requests of each case, and milliseconds of the moves."""
+
+    records: dict[Case, list[Record]]
+    cold_ms: float
+    swap_ms: float
+    reload_ms: float
+
+    def into(self, costs: Costs) -> None:
+        for case, records in self.records.items():
+            costs.add(case, records)
+        costs.cold_ms.append(self.cold_ms)
+        costs.swap_ms.append(self.swap_ms)
+        costs.reload_ms.append(self.reload_ms)
+
+
+def _repeat(plan: Plan, repeat: int, cases: dict[Case, Load], engines: Engines, merged: Path, show: Show) -> Repeat:
+    """Every case once, every other repeat backwards; number 0 warms up."""
+    stage = f"Repeat {repeat} of {plan.repeats}" if repeat else "Warm up"
+    order = list(cases)[:: -1 if repeat % 2 else 1]
+    records = {}
+    for done, case in enumerate(order):
+        show(stage, done, len(order) + 1)
+        records[case] = asyncio.run(drive(cases[case], plan.max_tokens, plan.seed + repeat))
+    show(stage, len(order), len(order) + 1)
+    return Repeat(
+        {case: records[case] for case in cases},
+        asyncio.run(_cold_ms(engines.beside, NEVER_ASKED + MOVES * repeat, plan.seed)),
+        asyncio.run(_swap_ms(engines.swapping, plan.seed + repeat)),
+        _reload_ms(merged),
+    )
 
 
 def _cases(engines: Engines, concurrency: int) -> dict[Case, Load]:

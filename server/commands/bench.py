@@ -13,6 +13,7 @@ from deltaserve.server.bench.goodput import LIMITED
 from deltaserve.server.bench.mix import MIXES
 
 if TYPE_CHECKING:
+    from deltaserve.server.bench.engine_costs import Plan
     from deltaserve.server.bench.report import Report
     from deltaserve.server.bench.setup import Setup
 
@@ -44,7 +45,9 @@ def command(
     prompt_words: Annotated[str, typer.Option(help="Words of a random prompt: WORDS or LOW:HIGH.")] = "32",
     shared_prefix: Annotated[int, typer.Option(min=0, help="Words that all random prompts begin with.")] = 0,
     endpoint: Annotated[Literal["chat", "completions"], typer.Option(help="Which endpoint to ask.")] = "chat",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens: 64, or with --engine 16.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option(help="Ask for answers of max-tokens exactly (not OpenAI's).")] = False,
     timeout: Annotated[
@@ -65,7 +68,10 @@ def command(
         str | None, typer.Option(help="Of --engine: artifacts, comma-separated; one is made up if not given.")
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Of --engine: the activation profile of the artifacts.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Of --engine: how often each case takes its turn.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Of --engine: how often each case takes its turn at most.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Of --engine: after the first, no repeat begins that would end later.")
+    ] = 5,
 ) -> None:
     """Measure the latency and throughput of any OpenAI server, over a mix of its models.
 
@@ -78,8 +84,11 @@ def command(
     if (url is None) == (engine is None):
         raise OptionError("Give either the address of a server or --engine BASE")
     if engine is not None:
-        sizes = {"concurrency": concurrency or 16, "repeats": repeats, "max_tokens": max_tokens, "seed": seed}
-        return _deliver_costs(engine, _names(variants), profile, sizes, save, as_json)
+        from deltaserve.server.bench.engine_costs import Plan
+
+        paths = tuple(map(Path, _names(variants)))
+        plan = Plan(engine, paths, profile, concurrency or 16, repeats, max_tokens or 16, seed, minutes)
+        return _deliver_costs(plan, save, as_json)
     assert url is not None
     from deltaserve.server.bench.client import Asking
     from deltaserve.server.bench.goodput import parse_limits
@@ -102,7 +111,7 @@ def command(
         warmup_requests=warmup,
         prompts=_described(prompts, words, shared_prefix),
         seed=seed,
-        asking=Asking(endpoint, max_tokens, temperature, ignore_eos, timeout),
+        asking=Asking(endpoint, max_tokens or 64, temperature, ignore_eos, timeout),
         rate=rate,
         burstiness=burstiness,
         zipf_exponent=zipf_exponent,
@@ -152,14 +161,12 @@ def _measure(setup: "Setup", prompts: list[str], api_key: str | None) -> "Report
         return asyncio.run(run(setup, prompts, api_key, on_record))
 
 
-def _deliver_costs(
-    base: str, variants: tuple[str, ...], profile: Path | None, sizes: dict[str, int], save: Path | None, as_json: bool
-) -> None:
-    from deltaserve.server.bench.engine_costs import Plan, measure
+def _deliver_costs(plan: "Plan", save: Path | None, as_json: bool) -> None:
+    from deltaserve.server.bench.engine_costs import measure
     from deltaserve.server.commands.progress import stages
 
     with stages() as show:
-        costs = measure(Plan(base, tuple(map(Path, variants)), profile, **sizes), show)
+        costs = measure(plan, show)
     _deliver(costs.as_json(), costs.print, save, as_json)
 
 

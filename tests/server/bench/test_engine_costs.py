@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(base: Path, *variants: Path) -> Plan:
-    return Plan(str(base), variants, None, concurrency=2, repeats=1, max_tokens=3, seed=0)
+    return Plan(str(base), variants, None, concurrency=2, repeats=3, max_tokens=3, seed=0, minutes=0)
 
 
 def test_every_case_is_measured_beside_the_base_and_the_merged_model(base: Path, tmp_path: Path) -> None:
@@ -51,6 +51,7 @@ def test_variant_is_made_up_where_none_is_given(base: Path, tmp_path: Path) -> N
     costs = measure(plan(base))
     assert costs.setup["variants"] == "made up"
     assert len(costs.cases) == 11
+    assert {len(repeats) for repeats in costs.cases.values()} == {1}, "no second repeat begins after no minutes"
 
 
 def test_wrong_answers_are_not_timed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
