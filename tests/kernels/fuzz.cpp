@@ -24,6 +24,9 @@ int32_t deltaserve_rms_norm(const void*, float*, const float*, int64_t, int64_t,
 int32_t deltaserve_attend(const void*, const Attention*, const Pages*, const float*, float*, int64_t);
 int32_t deltaserve_decode(const void*, const Block*, int64_t, const Step*, float*, int64_t);
 int32_t deltaserve_swap(const void*, const Swap*, int64_t, int32_t);
+int32_t deltaserve_uniform_columns(uint32_t, uint32_t, int64_t, int64_t, int64_t, int32_t*);
+int32_t deltaserve_weighted_columns(const int64_t*, uint32_t, uint32_t, int64_t, int64_t, int64_t, int32_t*, float*);
+int32_t deltaserve_keep_columns(const int32_t*, int64_t, int64_t, int64_t, void*);
 }
 
 namespace {
@@ -296,6 +299,26 @@ void attention_round(const std::vector<const void*>& sets) {
     }
 }
 
+// Both draws give columns that the kernels accept; of others the first that is out of order is found.
+void columns_round() {
+    const int64_t width = between(1, 300), kept = between(1, width), blocks = between(1, 9);
+    std::vector<int64_t> weights(width);
+    for (int64_t& weight : weights) weight = pick({int64_t(1), between(1, 40), ((int64_t(1) << 62) - 1) / (width * kept)});
+    std::vector<int32_t> columns(blocks * kept);
+    std::vector<uint16_t> laid_out(blocks * kept);
+    std::vector<float> factors(width);
+    const auto refused = [&] { return deltaserve_keep_columns(columns.data(), blocks, width, kept, laid_out.data()); };
+    const uint32_t key = rng(), second_key = rng();
+    bool failed = deltaserve_uniform_columns(key, second_key, blocks, width, kept, columns.data()) || refused();
+    failed |= deltaserve_weighted_columns(weights.data(), key, second_key, blocks, width, kept, columns.data(), factors.data()) ||
+              refused();
+    columns[between(0, blocks * kept - 1)] = pick({-1, int32_t(width)});
+    if (failed || !refused()) {
+        std::printf("columns of width %lld, %lld kept, are wrong\n", (long long)width, (long long)kept);
+        std::exit(1);
+    }
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
@@ -307,6 +330,7 @@ int main(int argc, char** argv) {
         rng.seed(uint32_t(round));
         round_of(sets);
         attention_round(sets);
+        columns_round();
     }
     std::printf("%d rounds, %zu instruction sets\n", rounds, sets.size());
 }

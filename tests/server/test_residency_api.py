@@ -1,5 +1,10 @@
 """Hints, pins and tiers over HTTP."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
 import pytest
 from running_server import artifact, running, wait_until
 
@@ -43,3 +48,36 @@ def test_a_server_starts_with_its_pinned_variants(base, tmp_path):
         put(server, "w", tmp_path, base, 2)
         refused = server.http.put("/v1/variants/w/pin")
         assert (refused.status_code, "raise bank_slots" in refused.json()["error"]["message"]) == (400, True)
+
+
+def test_d_remove_while_busy_over_http(server, base, tmp_path):
+    """Three streams, one of them with four choices, and one of the base; then two deletes at once."""
+    put(server, "v", tmp_path, base, 1).raise_for_status()
+    begun = threading.Barrier(5)
+
+    def follow(model, n):
+        body = {"model": model, "prompt": [5], "max_tokens": 150, "temperature": 0, "ignore_eos": True, "stream": True}
+        with (
+            httpx.Client(base_url=server.url, timeout=60) as client,
+            client.stream("POST", "/v1/completions", json={**body, "n": n}) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            begun.wait(60)
+            return [line for line in lines if line]
+
+    with ThreadPoolExecutor(6) as pool:
+        streams = [pool.submit(follow, model, n) for model, n in (("v", 1), ("v", 4), ("v", 1), ("base", 1))]
+        begun.wait(60)
+        start = time.monotonic()
+        deletes = list(pool.map(lambda _: httpx.delete(f"{server.url}/v1/variants/v", timeout=60), range(2)))
+        assert time.monotonic() - start < 5
+        assert sorted(answer.status_code for answer in deletes) == [200, 404]
+        assert server.http.post("/v1/completions", json={"model": "v", "prompt": [5]}).status_code == 404
+        for stream in streams:
+            lines = stream.result()
+            assert lines[-1] == "data: [DONE]"
+            assert not any("error" in line for line in lines)
+    bank = server.app.state.engine.bank
+    wait_until(lambda: bank.holders == {} and bank.used_bytes == 0)
+    assert server.http.post("/v1/completions", json={"model": "base", "prompt": [5], "max_tokens": 2}).is_success
