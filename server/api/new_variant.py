@@ -10,7 +10,6 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
@@ -69,9 +68,9 @@ class FromFiles(Body):
     def _one_of_each(self) -> Self:
         given = [name for name in ("file_id", "file_ids", "digest") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise PydanticCustomError("sources", "must have exactly one of file_id, file_ids and digest")
+            raise RequestRefused("Give exactly one of 'file_id', 'file_ids' and 'digest'", "file_id")
         if len(limits := [name for name in TOLERANCES if getattr(self, name) is not None]) > 1:
-            raise PydanticCustomError("tolerances", f"must have one tolerance, not {' and '.join(limits)}")
+            raise RequestRefused(f"A job has one tolerance, not {' and '.join(limits)}", limits[1])
         return self
 
     @property
