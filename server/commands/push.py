@@ -1,4 +1,4 @@
-"""``deltaserve push``: send an artifact or a LoRA adapter to a running server."""
+"""``deltaserve push``: send an artifact, a LoRA adapter or a whole checkpoint to a running server."""
 
 import json
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected, variant_path
+from deltaserve.server.commands.push_checkpoint import checkpoint_files, follow, search_of, send_files
 
 if TYPE_CHECKING:
     import httpx
@@ -21,27 +22,60 @@ PIECE_BYTES = 2**18
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="Artifact that deltaserve compress wrote, or folder of a LoRA adapter.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Artifact that deltaserve compress wrote, or folder of a LoRA adapter or a checkpoint."),
+    ],
     name: Annotated[str, typer.Option(help="Name under which the variant is served.")],
     url: Url = DEFAULT_URL,
     profile: Annotated[
         Path | None, typer.Option(help="Activation profile; looked for beside the artifact and in the cache.")
     ] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: KL to it that is allowed, in nats, or 2% of the base's. Default: 2%."),
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Checkpoint: instead, share of tokens on which both put the same first.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--bytes", help="Checkpoint: instead, the least KL in so many bytes.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Checkpoint: .jsonl conversations like those it will see, to measure on.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Checkpoint: search this method alone.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send an artifact or a LoRA adapter to a server, as the newest version of a variant.
+    """Send an artifact, a LoRA adapter or a whole checkpoint to a server, as the newest version of a variant.
+
+    What the server has already is not sent again. A checkpoint is compressed there in a job, which is followed to its
+    end; interrupted here, it goes on there.
 
     Example: `deltaserve push reviews.safetensors --name reviews`
+
+    Example: `deltaserve push ./reviews --name reviews --max-kl 2% --calibration texts.jsonl`
     """
     if not file.exists():
         raise OptionError(f"There is no file {file}")
+    search = search_of(max_kl, min_agreement, size, method)
+    is_checkpoint = file.is_dir() and not (file / "adapter_config.json").is_file()
+    if (search or calibration) and not is_checkpoint:
+        raise OptionError(
+            f"{file} is no folder of a checkpoint, so there is nothing to search; leave the tolerance out"
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with connected(url) as client, Progress(*columns, console=Console(stderr=True)) as progress:
-        if file.is_dir():
+        if is_checkpoint:
+            ids = send_files(client, progress, checkpoint_files(file, calibration))
+            job = answer(client.post("/v1/variants", json={"name": name, "file_ids": ids, **search}))
+            progress.stop()
+            receipt = follow(client, job["id"])
+        elif file.is_dir():
             receipt = _send_adapter(client, progress, file, name)
         else:
             _send_profile(client, progress, file, profile)
-            receipt = _send(client, progress, file, variant_path(name))
+            receipt = _known(client, file, name) or _send(client, progress, file, variant_path(name))
     if as_json:
         typer.echo(json.dumps(receipt, indent=2))
     else:
@@ -50,6 +84,14 @@ def command(
             f"{name}: version {receipt['version']}, {receipt['digest'][:12]}, "
             f"{decimal(receipt['size_bytes'])}, {tensors}"
         )
+
+
+def _known(client: "httpx.Client", file: Path, name: str) -> Any:
+    """The receipt of an artifact whose bytes the server has already, None if they must be sent."""
+    from deltaserve.delta_store.blobs import digest_of
+
+    response = client.post("/v1/variants", json={"name": name, "digest": digest_of(file)})
+    return answer(response) if response.is_success else None
 
 
 def _send(client: "httpx.Client", progress: Progress, file: Path, path: str) -> Any:
