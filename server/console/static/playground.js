@@ -14,10 +14,10 @@ export function playgroundView(query) {
   const given = query.get("models")?.split(",").filter(Boolean);
   if (given) kept.models = given;
   const names = h("datalist", { id: "model-names" });
-  const add = h("input", { list: names.id, placeholder: "Name of a model", autocomplete: "off", onchange: addModel });
+  const add = h("input", { list: names.id, placeholder: "Add a model", "aria-label": "Add a model", autocomplete: "off", onchange: addModel });
   const problem = h("p", { class: "problem", role: "alert" });
   const chips = h("ul", { class: "chips", "aria-label": "Models that are asked" });
-  const question = h("textarea", { rows: 3, required: true, placeholder: isEncoder ? "A text to classify" : "Ask all of them the same" });
+  const question = h("textarea", { rows: 2, required: true, placeholder: isEncoder ? "A text to classify" : "Ask all of them the same" });
   const system = h("textarea", { rows: 2 });
   const temperature = h("input", { type: "number", min: 0, max: 2, step: 0.1, required: true });
   const maxTokens = h("input", { type: "number", min: 1, step: 1, required: true });
@@ -27,11 +27,11 @@ export function playgroundView(query) {
   const said = h("p", { class: "quiet", role: "status" });
   const columns = h("div", { class: "columns" });
   const form = h("form", { class: "card ask", onsubmit: submit, onkeydown: submitByKeys },
-    h("div", { class: "models" }, chips, field("Add a model", add), names), problem,
-    field(isEncoder ? "Text" : "Question", question, "Ctrl and Enter asks."),
+    h("div", { class: "models" }, chips, add, names), problem,
+    field(isEncoder ? "Text" : "Question", question),
     !isEncoder && h("details", {}, h("summary", {}, "System message, temperature, length"),
       h("div", { class: "fields" }, field("System message", system), field("Temperature", temperature, "0 always takes the likeliest token."), field("Most tokens", maxTokens))),
-    h("div", { class: "actions" }, ask, stop, said));
+    h("div", { class: "actions" }, ask, stop, said, h("small", { class: "keys" }, "Ctrl + Enter asks")));
   let stopping = null;
   let listed = null;
 

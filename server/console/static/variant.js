@@ -57,7 +57,7 @@ export function variantView(name) {
   async function removeIt() {
     const asked = server.live.of(name)?.requestsPerMinute;
     const text = `All ${plural(known?.data.length ?? 1, "version")} and their files go, and cannot be had back. `
-      + `${asked ? `It was asked ${rate(asked)} times in the last minute; n` : "N"}ew requests will be answered 404.`;
+      + `${asked ? `It is asked ${rate(asked)} times a minute now; n` : "N"}ew requests will be answered 404.`;
     if (!await confirmed(`Delete ${name}?`, text, "Delete", true)) return;
     isRemoved = true;
     if (await act("DELETE", "", `${name} is deleted.`)) location.hash = "#/variants";
@@ -143,7 +143,7 @@ function cards(variant) {
     ["Size", bytes(variant.size_bytes), `${ratio(server.figures.base.bytes / variant.size_bytes)} smaller than 16 bits`],
     ["KL to the full fine-tune", nats(quality?.kl_mean), quality?.kl_base ? `the bare base: ${nats(quality.kl_base)}` : "nats a token, held-out text"],
     ["Same token first", percent(quality?.top1_agreement), quality?.top1_agreement_base ? `the bare base: ${percent(quality.top1_agreement_base)}` : "as the full fine-tune"],
-    ["Last minute", `${rate(live?.requestsPerMinute)} requests`, `${rate(live?.tokensPerSecond)} tokens/s, first after ${seconds(live?.firstToken)}`],
+    ["Requests a minute", rate(live?.requestsPerMinute), `${rate(live?.tokensPerSecond)} tokens/s, first after ${seconds(live?.firstToken)}`],
   ];
 }
 

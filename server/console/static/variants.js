@@ -19,9 +19,9 @@ const COLUMNS = [
   ["Same token", (v) => -(v.quality?.top1_agreement ?? -1), (v) => percent(v.quality?.top1_agreement), "Share of tokens on which it puts the same first as the full fine-tune"],
   ["Gain kept", (v) => -(gainKept(v.quality) ?? -9), (v) => percent(gainKept(v.quality)), "Share of what fine-tuning gained over the base in held-out loss"],
   ["Where", (v) => Object.keys(TIERS).indexOf(tierOf(v)), null, "In memory, loading, on the host, or stored"],
-  ["Req/min", (v) => -(live(v)?.requestsPerMinute ?? -1), (v) => rate(live(v)?.requestsPerMinute), "Requests a minute that ended in the last minute"],
-  ["Tokens/s", (v) => -(live(v)?.tokensPerSecond ?? -1), (v) => rate(live(v)?.tokensPerSecond), "Generated tokens a second over the last minute"],
-  ["First token", (v) => live(v)?.firstToken ?? Infinity, (v) => seconds(live(v)?.firstToken), "Mean time to the first token over the last minute"],
+  ["Req/min", (v) => -(live(v)?.requestsPerMinute ?? -1), (v) => rate(live(v)?.requestsPerMinute), "Requests a minute, over the last minute or since this page was opened"],
+  ["Tokens/s", (v) => -(live(v)?.tokensPerSecond ?? -1), (v) => rate(live(v)?.tokensPerSecond), "Generated tokens a second, over the same time"],
+  ["First token", (v) => live(v)?.firstToken ?? Infinity, (v) => seconds(live(v)?.firstToken), "Mean time to the first token, over the same time"],
 ];
 const NUMERIC = new Set(["Version", "Size", "Smaller", "KL", "Same token", "Gain kept", "Req/min", "Tokens/s", "First token"]);
 
