@@ -26,6 +26,7 @@ from deltaserve.server.api import (
     lora_adapters,
     models,
     new_variant,
+    openai_responses,
     operations,
     profiles,
     residency,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 ROUTES = (
     chat,
     completions,
+    openai_responses,
     embeddings,
     classify,
     models,

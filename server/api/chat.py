@@ -35,10 +35,11 @@ router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute, responses=ERRORS)
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
-    return await generate(request, body, _prompts, _whole, _chunks)
+    return await generate(request, body, prompts, _whole, _chunks)
 
 
-def _prompts(body: ChatRequest, tokeniser: Tokeniser) -> list[list[int]]:
+def prompts(body: ChatRequest, tokeniser: Tokeniser) -> list[list[int]]:
+    """The conversation as the template writes it."""
     tools = [tool.model_dump(exclude_unset=True) for tool in body.callable_tools]
     return [tokeniser.conversation([as_turn(message) for message in body.messages], tools)]
 

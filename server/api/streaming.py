@@ -97,12 +97,17 @@ async def _in_time(send: Send, message: dict[str, Any]) -> None:
 async def _events(first: BaseModel, chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[bytes]:
     async with aclosing(chunks):
         try:
-            yield _event(first.model_dump_json(exclude_unset=True))
+            yield _chunk(first)
             async for chunk in chunks:
-                yield _event(chunk.model_dump_json(exclude_unset=True))
+                yield _chunk(chunk)
             yield _event("[DONE]")
         except Exception as error:  # the status is out already: an event is the only way left to tell
             yield _event(json.dumps(described(error)[1]))
+
+
+def _chunk(chunk: BaseModel) -> bytes:
+    kind = getattr(chunk, "type", None)  # of those that have one, the event has it as its name
+    return (f"event: {kind}\n".encode() if kind else b"") + _event(chunk.model_dump_json(exclude_unset=True))
 
 
 def _event(data: str) -> bytes:
