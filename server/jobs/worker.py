@@ -10,7 +10,7 @@ import os
 import select as waiting
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -39,10 +39,14 @@ def main() -> None:
     _give_way(order["nice"])
     threading.Thread(target=_watch, args=(order["memory_bytes"], say), daemon=True).start()
     try:
-        say(**_made(order, say))
+        say(**made(order, say))
     except Exception as error:
-        say(error=_described(error))
+        say(error=described(error))
         sys.exit(1)
+
+
+Say = Callable[..., None]
+"""Called with what is to be said, by name."""
 
 
 class _Voice:
@@ -56,7 +60,7 @@ class _Voice:
         os.write(self._descriptor, (json.dumps(said) + "\n").encode())
 
 
-def _made(order: Mapping[str, Any], say: _Voice) -> dict[str, Any]:
+def made(order: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Search the artifact; returns where it is and the digest of the profile that it needs."""
     say(stage="Check", progress=0.0, points=None)
     import torch
@@ -90,7 +94,7 @@ def _made(order: Mapping[str, Any], say: _Voice) -> dict[str, Any]:
 class _Progress:
     """Told by the search how far it is; tells the server, not too often."""
 
-    def __init__(self, out: Path, say: _Voice) -> None:
+    def __init__(self, out: Path, say: Say) -> None:
         self._journal, self._say = out.with_name(f"{out.name}.search.jsonl"), say
         self._stage, self._said_at = "", 0.0
 
@@ -130,7 +134,7 @@ def _tolerance(given: Mapping[str, Any]) -> Any:
     return Tolerance(kind, value)
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def described(error: Exception) -> dict[str, Any]:
     """OpenAI's error object."""
     from deltaserve.server.api import errors
 
@@ -148,14 +152,14 @@ def _give_way(nice: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _watch(memory_bytes: int, say: _Voice) -> None:
+def _watch(memory_bytes: int, say: Say) -> None:
     """End this process when the server has gone, or when it takes more memory than it may."""
     while True:
         if waiting.select([sys.stdin], [], [], WATCH_SECONDS)[0]:
             os._exit(1)  # nothing is ever sent after the order: this is the end of the pipe
         if (used := _memory()) > memory_bytes:
             limit = f"{memory_bytes:,} bytes (DELTASERVE_JOB_MEMORY_BYTES)"
-            say(error=_described(JobFailed(f"The worker needed {used:,} bytes of memory, it may have {limit}")))
+            say(error=described(JobFailed(f"The worker needed {used:,} bytes of memory, it may have {limit}")))
             os._exit(1)
 
 

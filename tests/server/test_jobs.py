@@ -7,18 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
 from running_server import Running, running, wait_until
+from safetensors.torch import save_file
 from tiny_models import fine_tuned, save, tiny_llama
 
 from deltaserve.delta_store.codec.artifact import open_artifact
+from deltaserve.delta_store.errors import DeltaServeError, ToleranceMissed, UploadError
+from deltaserve.delta_store.shards import find_shards
+from deltaserve.server.files.contents import write_index
+from deltaserve.server.jobs import worker
+from deltaserve.server.jobs.runner import MOST_STARTS, Runner, WorkerLimits
+from deltaserve.server.jobs.store import JobStore, SearchOrder
 
 PATIENCE_SECONDS = 120
 """For a worker, which imports torch on a machine that may be busy with other tests."""
 
-NARROW = {"method": "dense", "options": {"codec": "int4", "rank": 4}, "bytes": 100_000}
-"""A search of few points."""
+OPTIONS = {"drop": 0.5, "codec": "int4", "block": 4, "rank": 4, "seed": 0}
+NARROW = {"method": "weighted", "options": OPTIONS, "bytes": 100_000}
+"""A search of few points, whose artifact needs the base's activation profile."""
 
+NO_LIMIT = {"max_kl": 9.0}
 SENTENCES = ("the quick brown fox", "a lazy dog sleeps here")
 
 
@@ -33,14 +43,9 @@ def fine(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
-def server(base, store, fine) -> Iterator[Running]:
+def server(base, tmp_path_factory) -> Iterator[Running]:
     """Its workers may have so little memory that each is ended while it still imports torch."""
-    with running(base, store, job_memory_bytes=1) as server:
+    with running(base, tmp_path_factory.mktemp("store"), job_memory_bytes=1, job_nice=0) as server:
         yield server
 
 
@@ -106,17 +111,15 @@ def test_a_job_goes_on_after_a_restart_and_its_artifact_is_served(base: Path, tm
         assert {**last["result"], "tier": receipt["tier"]} == receipt
         made = open_artifact(server.app.state.blobs.path(receipt["digest"]))
         assert last["quality"] == receipt["quality"] == made.manifest.quality
-        assert made.manifest.provenance["options"] == NARROW["options"]
+        assert made.manifest.provenance["options"] == OPTIONS
+        assert server.app.state.profiles.has(receipt["profile"])
         asked = server.http.post("/v1/completions", json={"model": "fine", "prompt": [5], "max_tokens": 2})
         assert asked.headers["x-deltaserve-version"] == receipt["digest"]
         assert server.http.get("/v1/jobs").json()["data"] == [job(server, job_id)]
         late = server.http.post(f"/v1/jobs/{job_id}/cancel")
         assert (late.status_code, late.json()["error"]["code"]) == (409, "job_finished")
-        assert server.files() == {f"blobs/{receipt['digest']}"} | profiles(server)
-
-
-def profiles(server: Running) -> set[str]:
-    return {name for name in server.files() if name.startswith("jobs/profile-")}
+        kept = f"jobs/profile-{receipt['base']}.safetensors"
+        assert server.files() == {f"blobs/{receipt['digest']}", f"profiles/{receipt['profile']}", kept}
 
 
 def test_a_worker_that_needs_too_much_memory_fails_its_job(server: Running, fine: Path) -> None:
@@ -150,9 +153,54 @@ def test_one_job_runs_at_a_time_and_a_cancelled_ones_worker_is_gone(base: Path, 
         assert server.http.get("/v1/variants").json()["data"] == []
 
 
-def test_a_checkpoint_of_another_shape_fails_and_says_why(base: Path, tmp_path: Path) -> None:
-    other = save(tiny_llama(hidden=16), tmp_path / "other")
-    with running(base, tmp_path / "store", job_nice=0) as server:
-        failed = ended(server, begin(server, name="v", file_ids=send(server, other)))
-    assert failed["status"] == "failed"
-    assert (failed["error"]["type"], str(tmp_path) in failed["error"]["message"]) == ("invalid_request_error", False)
+def test_what_is_wrong_with_a_checkpoint_is_said_without_the_servers_paths(base: Path, tmp_path: Path) -> None:
+    save(tiny_llama(hidden=16), tmp_path / "checkpoint")
+    order = {"base": str(base), "folder": str(tmp_path), "profile": "", "threads": 1, "search": {"tolerance": NO_LIMIT}}
+    order["search"] |= {"method": None, "options": {}, "force": False}
+    with pytest.raises(DeltaServeError) as refused:
+        worker.made(order, lambda **said: None)
+    error = worker.described(refused.value)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "unsupported_checkpoint")
+    assert "hidden_size" in error["message"]
+    assert str(tmp_path) not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [
+        (MemoryError(), "job_failed", "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "job_failed", "out of memory"),
+        (ToleranceMissed("Allow more, or write this one with --force"), "tolerance_missed", 'send "force": true'),
+        (ZeroDivisionError("secret"), "internal_error", "its log says why"),
+    ],
+)
+def test_how_a_worker_failed_is_said_in_the_apis_terms(failure: Exception, code: str, said: str) -> None:
+    error = worker.described(failure)
+    assert (error["code"], said in error["message"]) == (code, True)
+
+
+def test_shards_without_an_index_get_one(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-1.safetensors")
+    save_file({"b": torch.zeros(1)}, tmp_path / "model-2.safetensors")
+    write_index(tmp_path)
+    assert [shard.path.name for shard in find_shards(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file({"b": torch.ones(1)}, tmp_path / "model-3.safetensors")
+    with pytest.raises(UploadError, match=r"'b' is in 'model-2.safetensors' and in 'model-3.safetensors'"):
+        write_index(tmp_path)
+
+
+def test_a_job_that_is_interrupted_again_and_again_fails(base: Path, tmp_path: Path) -> None:
+    jobs = JobStore(tmp_path / "jobs", tmp_path / "jobs.sqlite3")
+    job_id = jobs.create("v", {"config.json": base / "config.json"}, None, SearchOrder(NO_LIMIT)).id
+    for _ in range(MOST_STARTS):
+        assert jobs.begin(job_id)
+    limits = WorkerLimits(2**40, 1, 0)
+    runner = Runner(jobs, pytest.fail, base=str(base), profile=tmp_path / "profile", at_once=1, limits=limits)
+    runner.start()
+    wait_until(lambda: jobs.get(job_id).is_over)
+    runner.stop()
+    error = jobs.get(job_id).error
+    assert error is not None
+    assert error["message"] == f"The job was begun {MOST_STARTS} times and each time interrupted"
+    jobs.close()
