@@ -24,7 +24,7 @@ from deltaserve.delta_store.artifact_file import ArtifactFile, Parts, is_weighte
 from deltaserve.delta_store.calibration import profile_for  # noqa: E402
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from deltaserve.delta_store.codec.artifact import Artifact  # noqa: E402
-from deltaserve.delta_store.compress import encode_parts, facts_of  # noqa: E402
+from deltaserve.delta_store.compress import Known, encode_parts, facts_of  # noqa: E402
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune  # noqa: E402
 from deltaserve.delta_store.fingerprint import fingerprint  # noqa: E402
 from deltaserve.delta_store.profile import Profile  # noqa: E402
@@ -89,7 +89,7 @@ class Subject:
         self.calibration = _samples(name, "calibration", calibration_tokens, self.base)
         self.bench = Bench(self.base, self.fine_tune)
         self.embeddings = facts_of(self.base.architecture, None).embeddings
-        self._kept_embeddings: dict[int, Parts] = {}
+        self._kept_embeddings: dict[int, Known] = {}
         self.weights = {name: self.base.read(name).float() for name in self.base.names}
         self.fine = {name: tensor.float() for name, tensor in self.fine_tune.tensors()}
         self.linears = [n for n, t in self.fine.items() if t.dim() == 2 and n not in self.embeddings]
@@ -122,9 +122,10 @@ class Subject:
         """The fine-tune under a method that tunes nothing, in a file; and the profile that it needs."""
         chosen = METHODS[method]
         settings = chosen.options(options)
-        if settings.rank not in self._kept_embeddings:  # the same under every method, and slow
-            self._kept_embeddings[settings.rank] = self._parts(chosen, settings, embeddings=True)
-        parts = self._kept_embeddings[settings.rank] + self._parts(chosen, settings, embeddings=False)
+        facts = facts_of(self.base.architecture, self.profile if chosen.needs_profile else None)
+        known = self._kept_embeddings.get(settings.rank, {})
+        parts = encode_parts(chosen, settings, self.base, self.fine_tune, facts, known=known)
+        self._kept_embeddings[settings.rank] = {n: [part for part in parts if part[0] == n] for n in self.embeddings}
         with self.artifact_of(parts, chosen, settings) as written:
             yield written
 
@@ -136,12 +137,6 @@ class Subject:
         file = ArtifactFile(out, self.base, self.fine_tune, self.fingerprint, profile, chosen, settings, ())
         with file.draft(parts) as artifact:
             yield artifact, profile
-
-    def _parts(self, chosen: Method, settings: Options, embeddings: bool) -> Parts:
-        facts = facts_of(self.base.architecture, self.profile if chosen.needs_profile else None)
-        wanted = [change for change in self.fine_tune.changes() if (change.name in self.embeddings) == embeddings]
-        some = replace(self.fine_tune, changes=lambda: iter(wanted))
-        return encode_parts(chosen, settings, self.base, some, facts, lambda done, total: None)
 
     def measure(self, method: str, options: Mapping[str, Value]) -> Row:
         """The row of a method's artifact."""

@@ -42,6 +42,11 @@ Progress = Callable[[str, int, int], None]
 Count = Callable[[int, int], None]
 """The same within one stage."""
 
+Known = Mapping[str, Parts]
+"""Parts by parameter."""
+
+NOTHING_KNOWN: Known = {}
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
@@ -141,7 +146,7 @@ def _report(judge: Judge, file: ArtifactFile, parts: Parts, facts: BaseFacts) ->
         settings = plain_dare(file.base, draft, facts.embeddings, rank)
     dare = METHODS["dare"]
     options = dare.options(settings)
-    dare_parts = encode_parts(dare, options, file.base, file.fine_tune, facts, lambda done, total: None)
+    dare_parts = encode_parts(dare, options, file.base, file.fine_tune, facts)
     with replace(file, profile=None, method=dare, options=options).draft(dare_parts) as draft:
         made_by, used = Candidate(dare.name, tuple(sorted(settings.items()))).label, draft.path.stat().st_size
         return quality, report(quality, size, judge.quality(draft, None), made_by, used)
@@ -201,17 +206,35 @@ def facts_of(architecture: Architecture, profile: Profile | None) -> BaseFacts:
 
 
 def encode_parts(
-    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, facts: BaseFacts, progress: Count
+    chosen: Method,
+    settings: Options,
+    base: Checkpoint,
+    fine_tune: FineTune,
+    facts: BaseFacts,
+    progress: Count = lambda done, total: None,
+    known: Known = NOTHING_KNOWN,
 ) -> Parts:
-    """What stands for the fine-tune under a method, one tensor of it in memory at a time."""
-    return list(_encode(chosen, settings, base, fine_tune, facts, progress))
+    """What stands for the fine-tune under a method, one tensor of it in memory at a time.
+
+    ``known`` is what stands for some of its tensors already.
+    """
+    return list(_encode(chosen, settings, base, fine_tune, facts, progress, known))
 
 
 def _encode(
-    chosen: Method, settings: Options, base: Checkpoint, fine_tune: FineTune, facts: BaseFacts, progress: Count
+    chosen: Method,
+    settings: Options,
+    base: Checkpoint,
+    fine_tune: FineTune,
+    facts: BaseFacts,
+    progress: Count,
+    known: Known,
 ) -> Iterator[tuple[str, Spec, Stored]]:
     for done, change in enumerate(fine_tune.changes()):
         progress(done, fine_tune.tensor_count)
+        if change.name in known:
+            yield from known[change.name]
+            continue
         if change.is_whole:
             yield change.name, *_whole(change)
             continue

@@ -33,12 +33,18 @@ def approach(
     family: Family, goal: Goal, measure: Callable[[Candidate], Point], start: float, rounds: int
 ) -> list[Trial]:
     """At most ``rounds`` trials from ``start`` towards the goal: on a log-log line, inside what is bracketed."""
-    trials: list[Trial] = []
-    size: float | None = family.rounded(start)
-    while size is not None and len(trials) < rounds:
-        candidate = family.at(size)
-        trials.append(Trial(family, size, candidate, measure(candidate)))
-        size = _next_size(trials, goal)
+    size = family.rounded(start)
+    candidate = family.at(size)
+    first = Trial(family, size, candidate, measure(candidate))
+    return further([first], goal, measure, rounds)
+
+
+def further(trials: list[Trial], goal: Goal, measure: Callable[[Candidate], Point], rounds: int) -> list[Trial]:
+    """The trials of one family, and those that follow them until there are ``rounds``."""
+    trials = list(trials)
+    while len(trials) < rounds and (size := _next_size(trials, goal)) is not None:
+        candidate = trials[-1].family.at(size)
+        trials.append(Trial(trials[-1].family, size, candidate, measure(candidate)))
     return trials
 
 

@@ -15,6 +15,7 @@ from deltaserve.delta_store.selection.approach import (
     best_of,
     crossing,
     expected_cost,
+    further,
     slope_of,
 )
 from deltaserve.delta_store.selection.candidate import Candidate, Family
@@ -24,6 +25,9 @@ from deltaserve.delta_store.selection.tolerance import Goal, Tolerance
 SHORT, CALIBRATION, HELD_OUT = "short", "calibration", "held-out"
 SURVEY_ROUNDS, CONTEST_ROUNDS, REFINE_ROUNDS, TIGHTENINGS = 2, 5, 3, 4
 CONTENDERS, MARGIN = 4, 1.4
+HOPELESS = 3.0
+"""A family that is expected to cost so many times the best's is not looked at twice."""
+
 GAIN = 0.99
 """A neighbour is moved to where it costs at most this much of the best."""
 
@@ -93,10 +97,15 @@ class Search:
         return Goal("kl", kl)
 
     def _survey(self, families: list[Family], steer: Goal) -> tuple[list[list[Trial]], Goal]:
-        """Two trials a family, best expectation first; and what was aimed at on the short text."""
+        """Two trials a family, one where that is far off; best expectation first. And what the short text allows."""
         self.stage("Survey")
         goal = steer.on_other_text(self.bases(CALIBRATION), self.bases(SHORT))
-        surveyed = [approach(family, goal, self._on(SHORT), family.start, SURVEY_ROUNDS) for family in families]
+        first = [approach(family, goal, self._on(SHORT), family.start, 1) for family in families]
+        limit = HOPELESS * min(_surely(trials[0], goal) for trials in first)
+        surveyed = [
+            further(trials, goal, self._on(SHORT), SURVEY_ROUNDS if expected_cost(trials, goal) <= limit else 1)
+            for trials in first
+        ]
         surveyed.sort(key=lambda trials: expected_cost(trials, goal))
         branches: dict[str, str] = {}
         for trials in surveyed:
@@ -207,6 +216,11 @@ class Search:
 
     def _said(self, trial: Trial, goal: Goal) -> str:
         return f"{trial.candidate.label}: {trial.point.bytes:,} bytes, {_error(trial.point, goal)}"
+
+
+def _surely(trial: Trial, goal: Goal) -> float:
+    """What a family costs at the most where its trial fits, else what it is expected to."""
+    return goal.cost(trial.point) if goal.fits(trial.point) else expected_cost([trial], goal)
 
 
 def _rank(trial: Trial, best: Trial, goal: Goal) -> tuple[bool, float]:
