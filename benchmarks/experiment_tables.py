@@ -24,7 +24,7 @@ PAPER_METHODS: dict[str, Row] = {
 
 
 def main() -> None:
-    for table in (paper, frontier, encoders):
+    for table in (paper, frontier, beyond, encoders):
         print("\n".join(table()), end="\n\n")
 
 
@@ -64,6 +64,16 @@ def frontier() -> Iterable[str]:
         yield line([setting, *cells])
 
 
+def beyond() -> Iterable[str]:
+    """Each idea's KL over that of weighted drop in as many bytes: below 1 it pays."""
+    rows = select(read("beyond"), row="idea")
+    subjects = list(dict.fromkeys((row["variant"], row["drop"]) for row in rows))
+    yield from header(["idea", *(f"{variant}, p = {drop}" for variant, drop in subjects)])
+    for idea in dict.fromkeys(row["idea"] for row in rows):
+        found = [select(rows, idea=idea, variant=variant, drop=drop) for variant, drop in subjects]
+        yield line([idea, *(f"{row[0]['against_weighted']:.2f}" if row else "-" for row in found)])
+
+
 def encoders() -> Iterable[str]:
     rows = read("encoder_tasks")
     tasks = select(rows, row="fine-tune")
@@ -90,7 +100,9 @@ ABOUT: dict[str, Callable[[Row], str]] = {
 
 
 def read(name: str) -> list[Row]:
-    return [json.loads(text) for text in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    """None where nothing was measured yet."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
 def select(rows: list[Row], **wanted: Any) -> list[Row]:
