@@ -34,6 +34,10 @@ class Layers:
         else:
             self.biases[layer][slot] = bias
 
+    def bias_delta(self, layer: int, slot: int) -> Tensor | None:
+        """What ``install_bias`` put there."""
+        return self.biases[layer].get(slot)
+
     def product(self, layer: int, x: Tensor) -> Tensor:
         """The base's ``x @ weight.T + bias`` in the dtype of ``x``."""
         weight = self.weights[layer]

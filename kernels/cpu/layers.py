@@ -81,6 +81,11 @@ class Layers:
             if structs is not None:
                 structs[layer].biases = address
 
+    def bias_delta(self, layer: int, slot: int) -> Tensor | None:
+        """What ``install_bias`` put there."""
+        bias: Tensor | None = self.biases[layer][slot]
+        return bias
+
     def _structs(self, *, with_weights: bool) -> Array[LayerStruct]:
         structs = (LayerStruct * len(self.weights))()
         for struct, weight, bias, bank in zip(structs, self.weights, self._kept, self.banks, strict=True):

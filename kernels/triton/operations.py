@@ -45,6 +45,9 @@ class FusedLayers:
     def install_bias(self, layer: int, slot: int, bias: Tensor | None) -> None:
         self.banks[layer].set_bias(slot, bias)
 
+    def bias_delta(self, layer: int, slot: int) -> Tensor | None:
+        return self.banks[layer].biases[slot]
+
 
 class TritonBackend:
     """The operations of ``reference.py`` for tensors on ``device``.

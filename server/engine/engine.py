@@ -129,12 +129,11 @@ class Engine(VariantEngine):
 
     def state(self) -> EngineState:
         """What there is at this moment."""
-        jobs = list(self._batching.router.jobs.values())
-        running = sum(job.began is not None for job in jobs)
+        running = self._batching.router.begun
         residents = self.bank.residents
         return EngineState(
             running=running,
-            waiting=self._entering + len(jobs) - running,
+            waiting=self.requests - running,
             cold=self.bank.waiting,
             cache_used=self._batching.cache_used,
             residents=residents,

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
-from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.segments import BASE, Segments
 from deltaserve.kernels.weights import Weight, quantised
 from deltaserve.server.engine.norms import DeltaNorm
 from deltaserve.server.engine.routing import Rows
@@ -90,10 +90,11 @@ class DeltaLinear(nn.Module):
         (layers.install if parameter == "weight" else layers.install_bias)(self.member, slot, prepared)
 
     @torch.no_grad()
-    def alter(self, parameter: str, prepared: Tensor | None) -> None:
-        """For all rows: the bias becomes that of a variant, or with None the base's again."""
+    def alter(self, parameter: str, slot: int) -> None:
+        """For all rows: the bias becomes that of the slot's variant, or with ``BASE`` the base's again."""
         own = self.get_parameter(parameter).float()
-        self.added.copy_(own if prepared is None else own + prepared)  # type: ignore[union-attr]  # else no such delta
+        delta = None if slot == BASE else self.siblings.layers.bias_delta(self.member, slot)
+        self.added.copy_(own if delta is None else own + delta)  # type: ignore[union-attr]  # else no such delta
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.siblings.take(self.member, x, self.rows.segments)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
-from deltaserve.kernels.parts import Delta, Dense
+from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine.routing import Rows
 
@@ -40,21 +40,17 @@ class DeltaNorm(nn.Module):
         return tuple(self.get_parameter(parameter).shape)
 
     def prepare(self, delta: Delta, lay_out: object = None) -> Tensor:
-        values, part = reference.unpack(delta), delta.parts[0]
-        exact = len(delta.parts) == 1 and isinstance(part, Dense) and part.values.codec == "bf16"
-        return values.bfloat16() if exact else values
+        return reference.unpack(delta)
 
     def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
-        self.tables[parameter][slot - BASE] = self._own(parameter, prepared)
+        base = self.tables[parameter][0]
+        own = base if prepared is None else (base.float() + prepared.to(base.device)).to(base.dtype)
+        self.tables[parameter][slot - BASE] = own
 
     @torch.no_grad()
-    def alter(self, parameter: str, prepared: Tensor | None) -> None:
-        """For all rows: the vector becomes that of a variant, or with None the base's again."""
-        self.get_parameter(parameter).copy_(self._own(parameter, prepared))
-
-    def _own(self, parameter: str, prepared: Tensor | None) -> Tensor:
-        base = self.tables[parameter][0]
-        return base if prepared is None else (base.float() + prepared.to(base.device)).to(base.dtype)
+    def alter(self, parameter: str, slot: int) -> None:
+        """For all rows: the vector becomes that of the slot's variant, or with ``BASE`` the base's again."""
+        self.get_parameter(parameter).copy_(self.tables[parameter][slot - BASE])
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self.rows.segments

@@ -109,7 +109,7 @@ class Policy:
     def _swap_in(self, swapping: Swapping, job: Job) -> None:
         start = perf_counter()
         try:
-            swapping.swap_in(job.fitted)  # type: ignore[arg-type]  # it pays
+            swapping.swap_in(job.fitted, job.slot)  # type: ignore[arg-type]  # it pays
         except Exception as error:  # the requests go on without
             return self._give_up(swapping, error)
         self.swapped = job.digest

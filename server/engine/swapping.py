@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.delta_store.errors import DeltaServeError, EngineDown
+from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine.wrapped import Fitted, WrappedModel
 
 logger = logging.getLogger(__name__)
@@ -27,20 +28,19 @@ class Swapping:
         self._sums = {name: _checksum(weight) for name, weight in model.weights.items()}
         self._swapped: tuple[list[Tensor], Any] | None = None
 
-    def swap_in(self, fitted: Fitted) -> None:
-        """Add a version's deltas to the base. If this raises, ``restore`` must follow."""
+    def swap_in(self, fitted: Fitted, slot: int) -> None:
+        """Add the deltas of the version in this slot to the base. If this raises, ``restore`` must follow."""
         names = [name for name in fitted.prepared if name in self._model.weights]
         weights = [self._model.weights[name] for name in names]
         deltas = [fitted.prepared[name] for name in names]
         self._swapped = weights, self._model.backend.swap_in_all_(weights, deltas)
-        for name, (layer, parameter) in self._model.vectors.items():
-            if name in fitted.prepared:
-                layer.alter(parameter, fitted.prepared[name])
+        for layer, parameter in self._model.vectors.values():
+            layer.alter(parameter, slot)
 
     def swap_out(self) -> None:
         """Take out what is in. If this raises, ``restore`` must follow."""
         for layer, parameter in self._model.vectors.values():
-            layer.alter(parameter, None)
+            layer.alter(parameter, BASE)
         if self._swapped is not None:
             weights, token = self._swapped
             self._model.backend.swap_out_all_(weights, token)

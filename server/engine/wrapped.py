@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -43,6 +43,7 @@ class VersionDeltas:
 class Fitted:
     """A version's deltas in the layout of the layers. ``vocabulary`` counts the token ids that it knows.
 
+    ``norms``: those that layers copy when the version is put into a slot; empty from then on.
     ``overwrites``: bytes of the base's weights that swapping it in would change, and keep a copy of.
     """
 
@@ -51,6 +52,7 @@ class Fitted:
     vocabulary: int
     stop_ids: frozenset[int] | None
     overwrites: int = 0
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class WrappedModel:
@@ -142,26 +144,29 @@ class WrappedModel:
     def fit(self, version: VersionDeltas) -> Fitted:
         """Bring a version into the layers' layout, one tensor at a time. Raises UnsupportedArtifact."""
         prepared: dict[str, Prepared] = {}
+        norms: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         overwrites = 0
         with self.backend.one_variant() as lay_out:
             for name, delta in version.deltas:
                 self.check({name: delta.shape})
-                prepared[name] = self._layers[name][0].prepare(delta, lay_out)
+                layer = self._layers[name][0]
+                (norms if isinstance(layer, DeltaNorm) else prepared)[name] = layer.prepare(delta, lay_out)
                 shapes[name] = delta.shape
                 if name in self.weights:
                     overwrites += _changed_values(delta) * self.weights[name].element_size()
         vocabulary = self.check_whole(shapes, version.tied_head)
-        nbytes = sum(nbytes_of(values) for values in prepared.values())
+        nbytes = sum(nbytes_of(values) for values in (*prepared.values(), *norms.values()))
         if self.tied and version.tied_head and self._embedding in prepared:
             prepared[self._head] = prepared[self._embedding]
-        return Fitted(prepared, nbytes, vocabulary, version.stop_ids, overwrites)
+        return Fitted(prepared, nbytes, vocabulary, version.stop_ids, overwrites, norms)
 
     def install(self, slot: int, fitted: Fitted) -> None:
-        """Put a version into a slot that no running request uses; safe while the model runs."""
-        for name, prepared in fitted.prepared.items():
+        """Put a version into a slot that no running request uses, once; safe while the model runs."""
+        for name, prepared in (*fitted.prepared.items(), *fitted.norms.items()):
             layer, parameter = self._layers[name]
             layer.install(parameter, slot, prepared)
+        fitted.norms.clear()
 
     def clear(self, slot: int) -> None:
         """Forget what is in a slot that no running request uses; safe while the model runs."""

@@ -25,7 +25,7 @@ class Weights:
         self.broken = False
         self.restored = 0
 
-    def swap_in(self, fitted: Fitted) -> None:
+    def swap_in(self, fitted: Fitted, slot: int) -> None:
         assert self.inside is None
         self.now += self.seconds
         if self.broken:
@@ -57,7 +57,7 @@ def policy(weights: Weights, kind: str = "auto", room: int = 10**9, resident: bo
 
 def job(owner: str, swap_s: float = SWAP) -> Any:
     fitted = Fitted({}, 0, 64, None, overwrites=round(swap_s / SWAP_SECONDS_A_BYTE)) if owner else None
-    return SimpleNamespace(digest=owner, fitted=fitted)
+    return SimpleNamespace(digest=owner, fitted=fitted, slot=0)
 
 
 def run(policy: Policy, owners: str, steps: int = 1, seconds: float = STEP) -> list[bool]:

@@ -13,6 +13,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 from transformers import PreTrainedModel
 
 from deltaserve.delta_store.errors import EngineDown, GenerationFailed, OptionError
+from deltaserve.kernels.segments import BASE as BASE_ROWS
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.layers import DeltaLinear
 from deltaserve.server.engine.requests import Version
@@ -212,13 +213,13 @@ def breaking_vectors(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, swap_in
     def alter_of(layer: Any) -> Callable[..., None]:
         own = layer.alter
 
-        def alter(parameter: str, prepared: torch.Tensor | None) -> None:
+        def alter(parameter: str, slot: int) -> None:
             nonlocal calls
-            calls += (prepared is not None) == swap_in
+            calls += (slot != BASE_ROWS) == swap_in
             if calls == 2:
                 calls += 1
                 raise RuntimeError("the power went")
-            own(parameter, prepared)
+            own(parameter, slot)
 
         return alter
 
