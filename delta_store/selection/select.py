@@ -55,7 +55,7 @@ class Selection:
     """What was written and why. ``path`` says in words how the search went; ``report`` is the artifact's own.
 
     ``met``: within the tolerance on held-out text. ``tried`` counts measured points, ``resumed`` those that an earlier
-    run had left in ``journal``. ``plot`` is None where matplotlib is not installed.
+    run had left in ``journal``. ``plot`` is None where nothing was drawn.
     """
 
     receipt: Receipt
@@ -80,6 +80,7 @@ def select(
     files: Files = NO_FILES,
     profile: Path | None = None,
     plot: Path | None = None,
+    draws: bool = True,
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Selection:
@@ -87,7 +88,8 @@ def select(
 
     ``method`` and ``options`` narrow the search. The base's activation profile is that of the built-in text, one for
     all fine-tunes, unless ``profile`` is a file. Points that were tried are kept in ``<out>.search.jsonl``; a second
-    call with the same input measures none of them again. Raises ToleranceMissed where nothing is within the tolerance
+    call with the same input measures none of them again. They are drawn beside it or in ``plot``, unless ``draws`` is
+    false. Raises ToleranceMissed where nothing is within the tolerance
     (then nothing is written; with ``force`` the nearest is), OptionError, and what opening the checkpoints raises.
     """
     given = _checked(method, options or {}, fine_tuned, out, plot, tolerance, files)
@@ -123,7 +125,7 @@ def select(
     settled = tuple(given) if size.has_embeddings else (*given, "rank")
     search = Search(tolerance, laboratory.point, laboratory.of_base, settled, stages.begin, [size.label])
     found = search.run(found_families)
-    picture = plot or (_beside(out, ".search.png") if can_plot() else None)
+    picture = plot or (_beside(out, ".search.png") if draws and can_plot() else None)
     if picture:
         draw(picture, _tried(journal), found.trial.candidate, _kl_limit(found))
     if not (found.confirmed or force):

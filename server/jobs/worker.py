@@ -85,6 +85,7 @@ def made(order: Mapping[str, Any], say: Say) -> dict[str, Any]:
             options=search["options"],
             files=Files(text if text.exists() else None, None),
             profile=Path(order["profile"]),
+            draws=False,  # whoever looks at the job has its points
             force=search["force"],
             progress=_Progress(out, say),
         )

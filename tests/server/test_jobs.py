@@ -21,7 +21,7 @@ from deltaserve.server.jobs import worker
 from deltaserve.server.jobs.runner import MOST_STARTS, Runner, WorkerLimits
 from deltaserve.server.jobs.store import JobStore, SearchOrder
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 240
 """For a worker, which imports torch on a machine that may be busy with other tests."""
 
 OPTIONS = {"drop": 0.5, "codec": "int4", "block": 4, "rank": 4, "seed": 0}
