@@ -23,6 +23,8 @@ INFER = (
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/embeddings"),
+    ("POST", "/v1/classify"),
+    ("POST", "/classify"),
     ("POST", "/v1/responses"),
     ("GET", "/v1/models"),
     ("GET", "/v1/usage"),

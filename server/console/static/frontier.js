@@ -5,7 +5,7 @@ import { bytes, nats, percent, plural } from "./format.js";
 
 const HEIGHT = 360;
 const EDGE = { left: 62, right: 16, top: 14, bottom: 44 };
-const COLOURS = 6;
+const COLOURS = 8;
 
 // `points` as a job has them; `limit` may say {kl} or {bytes}; `chosen` is the size of what was taken, if anything was.
 export function frontier(points, limit = {}, chosenBytes = null) {

@@ -2,7 +2,7 @@
 
 import { call, events, open } from "./api.js";
 import { confirmed, h, put, toast } from "./dom.js";
-import { bytes, date, gainKept, nats, percent, ratio } from "./format.js";
+import { NONE, bytes, date, gainKept, nats, percent, ratio } from "./format.js";
 import { frontier } from "./frontier.js";
 import { isOver, statusBadge, toleranceText } from "./jobs.js";
 import { refresh, server } from "./server.js";
@@ -18,7 +18,7 @@ export function jobView(id) {
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
   const plot = h("div", {});
   const heading = h("h1", {}, "Job");
-  const link = h("p", { class: "actions", hidden: true });
+  const link = h("div", { class: "actions", hidden: true });
   const cancel = h("button", { type: "button", hidden: true, onclick: askCancel }, "Cancel the job");
   const leaving = new AbortController();
   let drawn = null;
@@ -47,7 +47,7 @@ export function jobView(id) {
   function fill(job) {
     put(heading, job.variant);
     status.replaceChildren(statusBadge(job));
-    put(stage, job.stage || job.status);
+    put(stage, job.status === "succeeded" ? `Registered as version ${job.result.version}` : job.stage || job.status);
     bar.value = job.progress ?? 0;
     put(done, `${Math.round(100 * (job.progress ?? 0))} %`);
     cancel.hidden = isOver(job);
@@ -82,7 +82,7 @@ export function jobView(id) {
   return {
     title: "Job",
     element: h("section", {}, h("p", { class: "crumbs" }, h("a", { href: "#/jobs" }, "Jobs")), h("div", { class: "head start" }, heading, status),
-      problem, h("div", { class: "card" }, stage, h("div", { class: "bar-line" }, bar, done), h("div", { class: "actions" }, cancel)), link,
+      problem, h("div", { class: "card" }, stage, h("div", { class: "bar-line" }, bar, done), h("div", { class: "actions" }, cancel, link)),
       h("h2", {}, "Frontier"), plot, h("h2", {}, "Result"), facts),
     update() {},
     close() { leaving.abort(); },
@@ -108,5 +108,5 @@ function described(job) {
     ["Same token first", quality ? percent(quality.top1_agreement) : null],
     ["Gain kept", quality ? percent(gainKept(quality)) : null],
     ["Plain DARE at these bytes", quality?.dare ? `KL ${nats(quality.dare.kl_mean)} in ${bytes(quality.dare.bytes)}` : null],
-  ].filter(([, value]) => value);
+  ].filter(([, value]) => value && value !== NONE);
 }

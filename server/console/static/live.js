@@ -11,15 +11,15 @@ export class Live {
   add(figures) {
     const last = this.#samples.at(-1);
     if (last && (last.clock > figures.clock_s || fell(last.counts, figures.counts))) this.#samples = [];
-    this.#samples.push({ clock: figures.clock_s, counts: figures.counts });
+    this.#samples.push({ clock: figures.clock_s, counts: figures.counts, isCounted: figures.base.kind === "decoder" });
     while (this.#samples.length > 2 && this.#samples[1].clock < figures.clock_s - WINDOW_S) this.#samples.shift();
   }
 
-  // Null where there is nothing to tell yet. Times are means in seconds.
+  // Null where there is nothing to tell: yet, or of an encoder, whose requests have no such counters. Times are means in seconds.
   of(model) {
     const first = this.#samples[0], last = this.#samples.at(-1);
     const now = last?.counts[model];
-    if (!last || last.clock === first.clock) return null;
+    if (!last || last.clock === first.clock || !last.isCounted) return null;
     if (!now) return SHARED in last.counts ? null : { ...QUIET };
     const before = first.counts[model] ?? {};
     const grown = (name) => now[name] - (before[name] ?? 0);

@@ -75,6 +75,9 @@ def test_every_route_is_closed_but_the_public_ones(service: Service) -> None:
         ):
             refused = http.request(method, path, headers=bearer(infer))
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_permissions"), path
+        for path in ("/v1/classify", "/classify"):
+            answer = http.post(path, json={"model": "base", "input": "hi"}, headers=bearer(infer))
+            assert "gives no embeddings and classes" in answer.json()["error"]["message"]
 
 
 def test_a_key_sees_and_uses_only_its_models(service: Service) -> None:
