@@ -37,9 +37,16 @@ class Spread:
         p20, median, p80 = np.percentile(values, [20, 50, 80])
         return cls(float(median), float(p20), float(p80))
 
+    @property
+    def median_text(self) -> str:
+        return f"{self.median:.{self._digits}f}"
+
     def __str__(self) -> str:
-        digits = 1 if self.median >= 10 else 2
-        return f"{self.median:.{digits}f} ({self.p20:.{digits}f} to {self.p80:.{digits}f})"
+        return f"{self.median_text} ({self.p20:.{self._digits}f} to {self.p80:.{self._digits}f})"
+
+    @property
+    def _digits(self) -> int:
+        return 1 if self.median >= 10 else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +108,12 @@ class Costs:
         }
 
     def print(self, console: Console) -> None:
-        names = ("under way", "tokens/s", "x base alone", "x merged", "TTFT ms", "TPOT ms")
-        table = Table("Case", *(Column(name, justify="right") for name in names))
+        names = ("at once", "tokens/s", "x base", "x merged", "TTFT ms", "TPOT ms")
+        table = Table(Column("Case", no_wrap=True), *(Column(name, justify="right") for name in names))
         for case, measured in sorted(self.cases.items(), key=lambda item: item[0].concurrency):
-            latencies = (Spread.of([m.ttft_ms for m in measured]), Spread.of([m.tpot_ms for m in measured]))
-            rate = Spread.of([m.tokens_per_s for m in measured])
-            cells = (rate, self.ratio(case, BASE), self.ratio(case, MERGED), *latencies)
-            table.add_row(case.what, str(case.concurrency), *map(str, cells))
+            rate, ttft, tpot = (Spread.of([getattr(m, name) for m in measured]) for name in Measured.__slots__)
+            cells = (rate, self.ratio(case, BASE), self.ratio(case, MERGED), ttft, tpot)
+            table.add_row(case.what, str(case.concurrency), *(cell.median_text for cell in cells))
         console.print(table)
         labels = {
             "reload": "A merged checkpoint from file to first token",
@@ -116,7 +122,10 @@ class Costs:
         }
         for name, spread in self._moves().items():
             console.print(f"{labels[name]}: {spread} ms")
-        console.print(f"Medians of {len(self.reload_ms)} repeats (20th to 80th percentile).", style="dim")
+        console.print(
+            f"Medians of {len(self.reload_ms)} repeats (20th to 80th percentile; of the cases in --json and --save).",
+            style="dim",
+        )
 
     def _case_as_json(self, case: Case) -> dict[str, Any]:
         measured = self.cases[case]
