@@ -13,3 +13,6 @@ FILE_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": {"appl
 
 FILE: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": _FILE}}}
 """``responses`` of a route that answers with a file."""
+
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+"""``responses`` of a route that answers with plain text, its errors with JSON as all others."""

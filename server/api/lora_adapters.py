@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
@@ -15,6 +15,7 @@ from starlette.datastructures import State
 
 from deltaserve.delta_store.errors import MissingTensors, NotPermitted, RequestRefused, VariantNotFound
 from deltaserve.server.api.bounded import BoundedRoute
+from deltaserve.server.api.documented import TEXT
 from deltaserve.server.api.fields import Body, Text, only
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.variants import check_free, delete_variant, encode, register
@@ -38,18 +39,18 @@ class UnloadAdapter(Body):
     lora_int_id: Annotated[Any, only()] = None
 
 
-@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadAdapter, request: Request) -> str:
+@router.post("/v1/load_lora_adapter", response_class=Response, responses=TEXT)
+async def load_lora_adapter(body: LoadAdapter, request: Request) -> Response:
     """Register the adapter in a folder of the server as a variant, as vLLM loads it under a name."""
     await to_thread.run_sync(_load, body, request.app.state, limiter=request.app.state.examinations)
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadAdapter, request: Request) -> str:
+@router.post("/v1/unload_lora_adapter", response_class=Response, responses=TEXT)
+async def unload_lora_adapter(body: UnloadAdapter, request: Request) -> Response:
     """Remove a variant with all its versions, however it came; the same as ``DELETE /v1/variants/{name}``."""
     await run_in_threadpool(delete_variant, body.lora_name, request)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _load(body: LoadAdapter, state: State) -> None:
