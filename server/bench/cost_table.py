@@ -109,7 +109,11 @@ class Costs:
 
     def print(self, console: Console) -> None:
         names = ("at once", "tokens per s", "x base", "x merged", "TTFT ms", "TPOT ms")
-        table = Table(Column("Case", no_wrap=True), *(Column(name, justify="right", min_width=6) for name in names))
+        table = Table(
+            Column("Case", no_wrap=True),
+            *(Column(name, justify="right", min_width=6) for name in names),
+            padding=(0, 0, 0, 1),
+        )
         for case, measured in sorted(self.cases.items(), key=lambda item: item[0].concurrency):
             rate, ttft, tpot = (Spread.of([getattr(m, name) for m in measured]) for name in Measured.__slots__)
             cells = (rate, self.ratio(case, BASE), self.ratio(case, MERGED), ttft, tpot)
