@@ -131,15 +131,16 @@ def started(command: Sequence[str], ready: str, environment: dict[str, str] | No
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise SystemExit(f"The server ended with code {process.returncode}; its message is above.")
-        try:
-            if httpx.get(url).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
+    with httpx.Client() as client:  # a new one for each try takes longer than the try
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise SystemExit(f"The server ended with code {process.returncode}; its message is above.")
+            try:
+                if client.get(url).is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
     raise SystemExit(f"{url} did not answer within {PATIENCE_S} s.")
 
 
