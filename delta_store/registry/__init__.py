@@ -26,7 +26,7 @@ class Receipt:
 
     ``base`` is the fingerprint of the base it was made for, ``profile`` the digest of the activation profile that its
     masks need, ``tensors_applied`` of ``tensors_total`` are parameters that the served model has a layer for,
-    ``quality`` is the report stored in the artifact.
+    ``quality`` is the report stored in the artifact, ``uploaded_by`` the name of the API key that it came with.
     """
 
     digest: str
@@ -36,6 +36,7 @@ class Receipt:
     tensors_applied: int
     tensors_total: int
     quality: dict[str, Any] | None = None
+    uploaded_by: str | None = None
 
     def to_json(self) -> str:
         """As text, for a registry's own storage."""

@@ -26,7 +26,7 @@ from deltaserve.server.api.kinds import is_encoder
 from deltaserve.server.api.multipart import FILE, documented
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_form
-from deltaserve.server.api.variants import VariantReceipt, check_free, encode, register
+from deltaserve.server.api.variants import VariantReceipt, check_free, encode, register, sender
 from deltaserve.server.files.contents import Contents, contents_of
 from deltaserve.server.files.links import link
 from deltaserve.server.files.store import FileStore
@@ -98,16 +98,15 @@ async def post_variant(request: Request, response: Response) -> VariantReceipt |
     body = await _body(request)
     check_free(body.name, state)
     if body.digest is not None:
-        return await to_thread.run_sync(_from_digest, body, body.digest, state, limiter=state.examinations)
+        return await to_thread.run_sync(_from_digest, body, body.digest, request, limiter=state.examinations)
     ids = [body.file_id] if body.file_id is not None else body.file_ids or []
     with ExitStack() as held:
         files = await run_in_threadpool(_held, state.files, ids, held)
         contents = await run_in_threadpool(contents_of, files)
         if contents.kind == "checkpoint":
             response.status_code = 202
-            sender = request.state.key.name if request.state.key else None
-            return await run_in_threadpool(_begin_job, body, contents, state, sender)
-        return await to_thread.run_sync(_from_files, body, contents, state, limiter=state.examinations)
+            return await run_in_threadpool(_begin_job, body, contents, request)
+        return await to_thread.run_sync(_from_files, body, contents, request, limiter=state.examinations)
 
 
 async def _from_form(request: Request, state: State) -> VariantReceipt:
@@ -118,7 +117,8 @@ async def _from_form(request: Request, state: State) -> VariantReceipt:
         check_free(form.name, state)
         if form.adapter:
             await to_thread.run_sync(encode, form.adapter, folder / "artifact", state, limiter=state.examinations)
-        return await to_thread.run_sync(register, form.name, folder / "artifact", state, limiter=state.examinations)
+        file = folder / "artifact"
+        return await to_thread.run_sync(register, form.name, file, state, sender(request), limiter=state.examinations)
 
 
 async def _body(request: Request) -> FromFiles:
@@ -135,19 +135,21 @@ def _held(files: FileStore, ids: Sequence[str], held: ExitStack) -> list[tuple[s
     return [(file.filename, path) for file, path in found]
 
 
-def _from_digest(body: FromFiles, digest: str, state: State) -> VariantReceipt:
+def _from_digest(body: FromFiles, digest: str, request: Request) -> VariantReceipt:
     """From an artifact that some variant has or had, or from a stored file."""
+    state = request.app.state
     _check_no_tolerance(body)
     store = state.blobs if state.blobs.fetched(digest).exists() else state.files.blobs
     if not store.has(digest):
         raise FileNotFound(f"The server has no bytes with the SHA-256 {digest}; send them")
     with store.hold(digest) as path, state.blobs.workspace() as folder:
         link(path, folder / "artifact")
-        return register(body.name, folder / "artifact", state)
+        return register(body.name, folder / "artifact", state, sender(request))
 
 
-def _from_files(body: FromFiles, contents: Contents, state: State) -> VariantReceipt:
+def _from_files(body: FromFiles, contents: Contents, request: Request) -> VariantReceipt:
     """From an artifact or an adapter."""
+    state = request.app.state
     _check_no_tolerance(body)
     with state.blobs.workspace() as folder:
         if contents.kind == "artifact":
@@ -157,10 +159,11 @@ def _from_files(body: FromFiles, contents: Contents, state: State) -> VariantRec
             for name, path in contents.files.items():
                 link(path, folder / "adapter" / name)
             encode(folder / "adapter", folder / "artifact", state)
-        return register(body.name, folder / "artifact", state)
+        return register(body.name, folder / "artifact", state, sender(request))
 
 
-def _begin_job(body: FromFiles, contents: Contents, state: State, sender: str | None) -> JobObject:
+def _begin_job(body: FromFiles, contents: Contents, request: Request) -> JobObject:
+    state = request.app.state
     if is_encoder(state.engine):
         raise RequestRefused(
             f"The base {state.settings.base_name!r} is an encoder: it predicts no tokens, so no tolerance can be "
@@ -173,7 +176,7 @@ def _begin_job(body: FromFiles, contents: Contents, state: State, sender: str | 
         {**own, **contents.files},
         contents.text,
         SearchOrder(body.tolerance or DEFAULT_TOLERANCE, body.method, body.options or {}, body.force),
-        sender,
+        sender(request),
     )
     state.runner.wake()
     return answered(job)
@@ -185,7 +188,7 @@ def register_made(job: Job, made: Made, state: State) -> dict[str, Any]:
         with state.profiles.workspace() as folder:
             link(made.profile_file, folder / "profile")
             profiles.keep(folder / "profile", made.profile, state)
-    return asdict(register(job.variant, made.artifact, state))
+    return asdict(register(job.variant, made.artifact, state, job.sender))
 
 
 def _check_method(body: FromFiles) -> None:

@@ -5,7 +5,7 @@ request keeps the version that its variant's name pointed at when it arrived: a 
 removed, or if a request holds it then, at the next removal or start after that request.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class VariantReceipt:
 
     ``tensors_applied`` of the artifact's ``tensors_total`` tensors change a layer of the served model. ``tier``: where
     this version is now (residency.py); ``pinned``: whether the variant's current version stays in memory.
+    ``uploaded_by`` is the name of the API key that it came with, null where keys are off.
     """
 
     id: str
@@ -48,6 +49,7 @@ class VariantReceipt:
     tensors_applied: int
     tensors_total: int
     quality: dict[str, Any] | None
+    uploaded_by: str | None
     tier: Tier
     pinned: bool
 
@@ -89,7 +91,8 @@ async def put_variant(name: str, request: Request) -> VariantReceipt:
     check_free(name, state)
     with state.blobs.workspace() as folder:
         await receive_file(request, folder / "artifact", state.settings.max_upload_bytes)
-        return await to_thread.run_sync(register, name, folder / "artifact", state, limiter=state.examinations)
+        file = folder / "artifact"
+        return await to_thread.run_sync(register, name, file, state, sender(request), limiter=state.examinations)
 
 
 @router.get("")
@@ -135,9 +138,14 @@ def encode(adapter: Path, artifact: Path, state: State) -> None:
         compress(state.settings.base, adapter, artifact)
 
 
-def register(name: str, file: Path, state: State) -> VariantReceipt:
+def sender(request: Request) -> str | None:
+    """The name of the API key that a request came with; None where keys are off."""
+    return request.state.key.name if request.state.key else None
+
+
+def register(name: str, file: Path, state: State, uploaded_by: str | None = None) -> VariantReceipt:
     """Examine an artifact in a workspace, keep it, and turn the name to it."""
-    found = examine(file, state.engine, state.settings.base, state.profiles)
+    found = replace(examine(file, state.engine, state.settings.base, state.profiles), uploaded_by=uploaded_by)
     with state.blobs.adopt(file, found.digest):
         registered = state.registry.register(name, found)
         follow(state, name, registered.digest)

@@ -3,7 +3,7 @@
 A version never changes; these routes turn names. Requests that run keep the version they began with.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
@@ -15,7 +15,7 @@ from deltaserve.delta_store.registry import Pointer, version_not_found
 from deltaserve.server.api.fields import Body
 from deltaserve.server.api.residency import follow
 from deltaserve.server.api.responses import ERRORS
-from deltaserve.server.api.variants import VariantReceipt, check_free, receipt
+from deltaserve.server.api.variants import VariantReceipt, check_free, receipt, sender
 
 router = APIRouter(prefix="/v1/variants", tags=["variants"], responses=ERRORS)
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Digest of one of the variant's versions")]
@@ -92,7 +92,8 @@ def alias(name: str, request: Request, body: Alias) -> VariantReceipt:
     if version is None:
         raise version_not_found(name, digest)
     with state.blobs.hold(digest):
-        return receipt(state.registry.register(body.alias, version.receipt), state)
+        named = replace(version.receipt, uploaded_by=sender(request))
+        return receipt(state.registry.register(body.alias, named), state)
 
 
 def _before_current(state: State, name: str) -> str:

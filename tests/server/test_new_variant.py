@@ -1,6 +1,7 @@
 """``POST /v1/variants`` with JSON: stored files become a variant, and bytes that are there are not sent again."""
 
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,21 @@ def test_shards_and_artifacts_are_told_apart_by_what_they_hold(good: Path, tmp_p
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
     assert contents_of([("model.safetensors", good)]).kind == "artifact"
     assert contents_of([("reviews.safetensors", tmp_path / "weights.safetensors")]).kind == "checkpoint"
+
+
+def test_versions_say_who_uploaded_them_and_when(base: Path, good: Path, tmp_path: Path) -> None:
+    with running(base, tmp_path) as server:
+        assert server.http.put("/v1/variants/v", content=good.read_bytes()).json()["uploaded_by"] is None
+        keys = server.app.state.keys
+        ci, ann = ({"Authorization": f"Bearer {keys.create(name, 'admin')[1]}"} for name in ("ci", "ann"))
+        began = int(time.time())
+        newer = artifact(base, tmp_path / "newer.safetensors", seed=2).read_bytes()
+        server.http.put("/v1/variants/v", content=newer, headers=ci).raise_for_status()
+        server.http.post("/v1/variants/v/alias", json={"alias": "w"}, headers=ann).raise_for_status()
+        body = {"name": "x", "digest": hashlib.sha256(newer).hexdigest()}
+        server.http.post("/v1/variants", json=body, headers=ann).raise_for_status()
+        versions = server.http.get("/v1/variants/v/versions", headers=ann).json()["data"]
+        assert [one["uploaded_by"] for one in versions] == ["ci", None]
+        assert began <= versions[0]["created"] <= time.time()
+        current = {one["id"]: one["uploaded_by"] for one in server.http.get("/v1/variants", headers=ann).json()["data"]}
+        assert current == {"v": "ci", "w": "ann", "x": "ann"}

@@ -77,6 +77,7 @@ def test_an_upload_is_answered_with_a_receipt(server, base, made):
         "tensors_applied": 1,
         "tensors_total": 1,
         "quality": None,
+        "uploaded_by": None,
         "tier": "store",
         "pinned": False,
     }
