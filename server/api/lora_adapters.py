@@ -18,7 +18,7 @@ from deltaserve.server.api.bounded import BoundedRoute
 from deltaserve.server.api.documented import TEXT
 from deltaserve.server.api.fields import Body, Text, only
 from deltaserve.server.api.responses import ERRORS
-from deltaserve.server.api.variants import check_free, delete_variant, encode, register
+from deltaserve.server.api.variants import check_free, delete_variant, encode, register, sender
 from deltaserve.server.files.contents import ADAPTER_FILES
 
 router = APIRouter(tags=["variants"], route_class=BoundedRoute, responses=ERRORS)
@@ -42,7 +42,7 @@ class UnloadAdapter(Body):
 @router.post("/v1/load_lora_adapter", response_class=Response, responses=TEXT)
 async def load_lora_adapter(body: LoadAdapter, request: Request) -> Response:
     """Register the adapter in a folder of the server as a variant, as vLLM loads it under a name."""
-    await to_thread.run_sync(_load, body, request.app.state, limiter=request.app.state.examinations)
+    await to_thread.run_sync(_load, body, request, limiter=request.app.state.examinations)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -53,8 +53,8 @@ async def unload_lora_adapter(body: UnloadAdapter, request: Request) -> Response
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _load(body: LoadAdapter, state: State) -> None:
-    name = body.lora_name
+def _load(body: LoadAdapter, request: Request) -> None:
+    state, name = request.app.state, body.lora_name
     check_free(name, state)
     folder = allowed(body.lora_path, state.settings.adapter_folders)
     if not body.load_inplace and _is_there(name, state):
@@ -63,7 +63,7 @@ def _load(body: LoadAdapter, state: State) -> None:
         )
     with state.blobs.workspace() as workspace:
         encode(folder, workspace / "artifact", state)
-        register(name, workspace / "artifact", state)
+        register(name, workspace / "artifact", state, sender(request))
 
 
 def allowed(path: str, folders: tuple[str, ...]) -> Path:
