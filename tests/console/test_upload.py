@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from tiny_models import fine_tuned, save, tiny_llama
 from web_console import Console
 
@@ -48,6 +48,35 @@ def test_a_name_that_is_there_gets_another_version_and_the_page_says_so(console:
     expect(page.get_by_text("twice is there; this becomes its newest version")).to_be_visible()
     upload(page)
     expect(page.get_by_role("heading", name="twice, version 2, is there")).to_be_visible()
+
+
+def test_one_may_look_elsewhere_while_something_is_sent(console: Console, page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/v1/variants/slow?*", lambda route: held.append(route))
+    choose(console, page, "slow", console.file("slow.safetensors", 75))
+    upload(page)
+    cancel = page.get_by_role("button", name="Cancel")
+    cancel.wait_for()
+    views = page.get_by_role("navigation", name="Main")
+    views.get_by_role("link", name="Variants").click()
+    page.get_by_role("heading", name="Variants").wait_for()
+    views.get_by_role("link", name="Upload").click()
+    expect(cancel).to_be_visible()
+    views.get_by_role("link", name="Jobs").click()
+    page.get_by_role("heading", name="Jobs").wait_for()
+    held[0].continue_()
+    expect(page.get_by_text("slow, version 1, is there.")).to_be_visible()
+
+
+def test_a_cancelled_upload_leaves_nothing(console: Console, page: Page) -> None:
+    page.route("**/v1/variants/regretted?*", lambda route: None)
+    choose(console, page, "regretted", console.file("regretted.safetensors", 76))
+    upload(page)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("alert").filter(has_text="Cancelled; nothing was changed.")).to_be_visible()
+    assert console.server.http.get("/v1/variants/regretted").status_code == 404
+    upload(page)
+    expect(page.get_by_role("button", name="Cancel")).to_be_visible()
 
 
 def test_an_adapter_of_two_files(console: Console, page: Page, tmp_path: Path) -> None:

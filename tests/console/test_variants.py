@@ -105,6 +105,17 @@ def test_names_from_elsewhere_are_text(console: Console, page: Page) -> None:
     assert page.locator("main img").count() == 0
 
 
+def test_an_outage_is_told_and_what_was_known_stays(console: Console, page: Page) -> None:
+    console.show(page, "variants")
+    page.get_by_role("link", name="reviews", exact=True).wait_for()
+    page.route("**/v1/console", lambda route: route.abort())
+    outage = page.get_by_role("alert").filter(has_text="The server does not answer")
+    expect(outage).to_be_visible()
+    expect(page.get_by_role("link", name="reviews", exact=True)).to_be_visible()
+    page.unroute("**/v1/console")
+    expect(outage).to_be_hidden()
+
+
 @pytest.fixture
 def thousand(console: Console) -> None:
     """They stay, and sort after all others."""

@@ -1,6 +1,6 @@
 // Upload: files in, a new version of a variant out, or the job that will make one.
 
-import { field, h, put } from "./dom.js";
+import { field, h, put, toast } from "./dom.js";
 import { bytes, plural, ratio, seconds } from "./format.js";
 import { recognise } from "./recognise.js";
 import { sendAdapter, sendArtifact, sendCheckpoint } from "./sending.js";
@@ -18,7 +18,13 @@ const TOLERANCES = {
 };
 const NAME = "[A-Za-z0-9][A-Za-z0-9._\\-]*(/[A-Za-z0-9][A-Za-z0-9._\\-]*)*";
 
-export function uploadView(query) {
+let underWay = null; // the view that sends something now: one may look elsewhere meanwhile and come back to it
+
+addEventListener("beforeunload", (event) => { if (underWay) event.preventDefault(); });
+
+export const uploadView = (query) => underWay ?? newView(query);
+
+function newView(query) {
   const name = h("input", { required: true, maxlength: 128, pattern: NAME, autocomplete: "off", spellcheck: "false", oninput: tellVersion,
     title: "Letters, digits, '.', '_', '-' and '/'", value: query.get("name") ?? "" });
   const versionNote = h("p", { class: "quiet", role: "status" });
@@ -105,6 +111,7 @@ export function uploadView(query) {
     say(null);
     result.replaceChildren();
     stopping = new AbortController();
+    underWay = view;
     busy(true);
     const started = performance.now();
     const onProgress = (sent) => {
@@ -116,8 +123,9 @@ export function uploadView(query) {
       await { artifact: register, adapter: register, checkpoint: begin }[chosen.kind](name.value.trim(), onProgress);
     } catch (error) {
       say(error.message);
+      if (!view.element.isConnected) toast(`${name.value}: ${error.message}`, true);
     }
-    stopping = null;
+    stopping = underWay = null;
     busy(false);
     await refresh();
   }
@@ -125,6 +133,7 @@ export function uploadView(query) {
   async function register(variant, onProgress) {
     const sending = chosen.kind === "artifact" ? sendArtifact : sendAdapter;
     const receipt = await sending(variant, chosen.files, onProgress, stopping.signal);
+    if (!view.element.isConnected) toast(`${receipt.id}, version ${receipt.version}, is there.`);
     result.replaceChildren(h("div", { class: "card good" },
       h("h2", {}, `${receipt.id}, version ${receipt.version}, is there`),
       h("p", {}, `${bytes(receipt.size_bytes)}, ${ratio(server.figures.base.bytes / receipt.size_bytes)} smaller than 16 bits; ${receipt.tensors_applied} of ${receipt.tensors_total} tensors apply.`),
@@ -134,7 +143,8 @@ export function uploadView(query) {
 
   async function begin(variant, onProgress) {
     const job = await sendCheckpoint(variant, chosen.files, wanted(), onProgress, stopping.signal);
-    location.hash = `#/jobs/${job.id}`;
+    if (view.element.isConnected) location.hash = `#/jobs/${job.id}`;
+    else toast(`${variant} is sent; its job has begun.`);
   }
 
   function busy(isBusy) {
@@ -147,7 +157,7 @@ export function uploadView(query) {
   }
 
   offer("max_kl");
-  return {
+  const view = {
     title: "Upload",
     element: h("section", {},
       h("h1", {}, "Upload a variant"),
@@ -155,6 +165,7 @@ export function uploadView(query) {
         problem, progress, h("div", { class: "actions" }, go, cancel)),
       result),
     update: tellVersion,
-    close() { stopping?.abort(); },
+    close() {},
   };
+  return view;
 }
