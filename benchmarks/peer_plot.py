@@ -27,7 +27,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 high = [row[measure]["p80"] - row[measure]["median"] for row in found]
                 at = [position + 0.25 * number for position in range(len(found))]
                 axis.bar(at, medians, width=0.25, yerr=[low, high], capsize=2, label=system)
-                axis.set_xticks(range(len(found)), [row["concurrency"] for row in found])
+                axis.set_xticks([p + 0.25 for p in range(len(found))], [row["concurrency"] for row in found])
             axis.set(title=TITLES[piece], xlabel="concurrent requests", ylabel=label)
             axis.grid(alpha=0.3, axis="y")
         panels[0, column].legend(fontsize="x-small")
