@@ -22,6 +22,7 @@ Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 CHECKPOINT = "checkpoint"
 TEXT = "text.jsonl"
+GRACE_SECONDS = 60.0
 REGISTER = "Register"
 """The last stage, in which a job cannot be cancelled any more."""
 
@@ -97,7 +98,8 @@ class JobStore:
         self._rows = SqliteFile(database, MIGRATIONS)
         kept = {job.id for job in self.waiting()}
         for folder in root.iterdir():
-            if folder.is_dir() and folder.name not in kept:
+            new = time.time() - folder.stat().st_mtime < GRACE_SECONDS  # its row may be about to be written
+            if folder.is_dir() and folder.name not in kept and not new:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def folder(self, job_id: str) -> Path:

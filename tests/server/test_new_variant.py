@@ -154,3 +154,6 @@ def test_versions_say_who_uploaded_them_and_when(base: Path, good: Path, tmp_pat
         assert began <= versions[0]["created"] <= time.time()
         current = {one["id"]: one["uploaded_by"] for one in server.http.get("/v1/variants", headers=ann).json()["data"]}
         assert current == {"v": "ci", "w": "ann", "x": "ann"}
+        infer = {"Authorization": f"Bearer {keys.create('app', 'infer')[1]}"}
+        for path in ("/v1/files", "/v1/uploads/x", "/v1/jobs", "/v1/jobs/x/events"):
+            assert server.http.get(path, headers=infer).json()["error"]["code"] == "insufficient_permissions"

@@ -1,8 +1,10 @@
 """OpenAI's Files and Uploads with the unmodified client: whole files, parts, what is cut off, tricks with names."""
 
+import errno
 import hashlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -235,6 +237,25 @@ def test_a_client_that_goes_away_leaves_nothing(service: Service, http: httpx.Cl
     client = service.openai()
     assert list(client.files.list()) == []
     client.uploads.cancel(upload)
+
+
+def test_parts_come_several_at_once(service: Service, http: httpx.Client, client: OpenAI) -> None:
+    pieces = [CONTENT[i : i + PART // 4] for i in range(0, len(CONTENT), PART // 4)]
+    upload = begun(http)
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda piece: part(http, upload, piece), pieces))
+    done = client.uploads.complete(upload, part_ids=ids, md5=hashlib.md5(CONTENT).hexdigest())
+    assert client.files.content(done.file.id).read() == CONTENT
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("deltaserve.delta_store.blobs.HashingFile.write", full)
+    sent = http.post("/v1/files", data={"purpose": "user_data"}, files={"file": b"x"})
+    assert "disk is full" in refusal(sent, 507, "storage_full")
+    refusal(http.put("/v1/variants/v", content=b"x"), 507, "storage_full")
 
 
 def test_a_file_expires(client: OpenAI, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
