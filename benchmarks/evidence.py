@@ -35,7 +35,9 @@ from deltaserve.delta_store.selection.journal import Point  # noqa: E402
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of  # noqa: E402
 
 CORPUS = {"scripture": "scripture", "scripture-large": "scripture", "scripture-adamr": "scripture", "python": "python"}
-"""The text of each fine-tune that is measured."""
+"""The text of each full fine-tune that is measured."""
+
+ADAPTERS = {"scripture-lora": "scripture"}
 
 EXAMPLES = 200
 """Of a split, at the most."""
@@ -179,7 +181,7 @@ def in_memory(fine_tune: FineTune) -> FineTune:
 
 def _samples(name: str, split: str, tokens: int, base: Checkpoint) -> list[Sample]:
     with tempfile.TemporaryDirectory() as folder:
-        file = write_examples(load(CORPUS[name])[split][:EXAMPLES], Path(folder) / "text.jsonl")
+        file = write_examples(load((CORPUS | ADAPTERS)[name])[split][:EXAMPLES], Path(folder) / "text.jsonl")
         return read_samples(file, tokenizer_of(base.folder), tokens)
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = Rows("paper_table", "python benchmarks/paper_table.py FOLDER")
-    for settings in (plain, searched):  # the cheap ones first, so that an early stop leaves whole columns of the table
+    for settings in (plain, *(partial(searched, per=per) for per in SCOPES)):  # an early stop leaves whole columns
         for name in args.variants:
             subject = Subject(name, args.folder, HELD_OUT_TOKENS, CALIBRATION_TOKENS)
             rows.once({"row": "fine-tune", "variant": name}, subject.about)
@@ -60,11 +60,10 @@ def plain(subject: Subject, p: float) -> Settings:
             yield key, partial(importance, subject, p, strength, unbiased)
 
 
-def searched(subject: Subject, p: float) -> Settings:
-    for per in SCOPES:
-        for judge in ("output", "labels"):
-            key = {"method": "DAREx-q", "p": p, "seed": 0, "per": per, "judge": judge}
-            yield key, partial(darex, subject, p, per, judge)
+def searched(subject: Subject, p: float, per: str) -> Settings:
+    for judge in ("output", "labels"):
+        key = {"method": "DAREx-q", "p": p, "seed": 0, "per": per, "judge": judge}
+        yield key, partial(darex, subject, p, per, judge)
 
 
 def dare(subject: Subject, p: float, seed: int) -> Row:
