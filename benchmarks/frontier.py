@@ -148,14 +148,15 @@ def goals(rows: list[Row]) -> list[Row]:
 
 
 def plot(rows: Rows) -> None:
-    """Bytes against relative KL, a panel a fine-tune; bars over the seeds."""
+    """Bytes against relative KL, a panel a fine-tune; medians over the seeds."""
     variants = [row["variant"] for row in rows.rows if row["row"] == "fine-tune"]
     figure, panels = plt.subplots(1, len(variants), figsize=(4.4 * len(variants), 4.2), squeeze=False, sharey=True)
     for panel, variant in zip(panels[0], variants, strict=True):
         ours = sorted(medians(rows.rows, variant, True), key=lambda point: point[1])
         panel.plot([p[1] / 1e6 for p in ours], [100 * p[2] for p in ours], "o", color="tab:blue", label="ours")
         for kind in KINDS:
-            points = [p for p in medians(rows.rows, variant, False) if p[0].startswith(kind)]
+            found = [p for p in medians(rows.rows, variant, False) if p[0].startswith(kind)]
+            points = sorted(found, key=lambda point: point[1])
             panel.plot([p[1] / 1e6 for p in points], [100 * p[2] for p in points], "x--", linewidth=0.8, label=kind)
         panel.set(title=variant, xlabel="whole variant, MB", xscale="log", yscale="log")
     panels[0][0].set_ylabel("KL to the full fine-tune, % of the base's")
