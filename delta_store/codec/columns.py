@@ -6,7 +6,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltaserve.delta_store.codec.masks import check_kept, uniform_columns, uniform_factors, weighted_columns
+from deltaserve.delta_store.codec.masks import (
+    check_kept,
+    check_weights,
+    uniform_columns,
+    uniform_factors,
+    weighted_columns,
+)
 from deltaserve.delta_store.codec.philox import key_for
 from deltaserve.delta_store.codec.specs import SparseSpec
 from deltaserve.delta_store.errors import BaseMismatch, ProfileMissing
@@ -45,12 +51,13 @@ def _uniform(seed: int, name: str, blocks: int, width: int, kept: int) -> Tensor
 
 
 def _weighted(weights: Tensor, seed: int, name: str, blocks: int, kept: int) -> tuple[Tensor, Tensor]:
-    if _is_compiled():
-        try:
-            return compiled.weighted_columns(weights, key_for(seed, name), blocks, kept)
-        except ValueError:
-            pass  # masks.py says what is wrong with them
-    return weighted_columns(weights, seed, name, blocks, kept)
+    if not _is_compiled():
+        return weighted_columns(weights, seed, name, blocks, kept)
+    try:
+        return compiled.weighted_columns(weights, key_for(seed, name), blocks, kept)
+    except ValueError:
+        check_weights(weights.numpy(), kept)  # says what is wrong with them
+        raise
 
 
 @cache

@@ -61,7 +61,7 @@ def weighted_columns(weights: Tensor, seed: int, name: str, blocks: int, kept: i
     """
     w = weights.numpy().astype(np.int64, copy=False)
     check_kept(kept, len(w))
-    _check_weights(w, kept)
+    check_weights(w, kept)
     certain, drawn = _split(w, kept)
     rest = kept - len(certain)
     ends = np.cumsum(w[drawn])
@@ -101,7 +101,8 @@ def _words(key: tuple[int, int], start: int, stop: int, kind: int, count: int) -
     return philox(counters, key).reshape(stop - start, -1)[:, :count]
 
 
-def _check_weights(w: NDArray[np.int64], kept: int) -> None:
+def check_weights(w: NDArray[np.int64], kept: int) -> None:
+    """Raises OptionError where ``sum(w) * kept`` reaches 2**62, or a weight is below 1."""
     if w.min() < 1:
         raise OptionError(f"A column's weight is {w.min()}; weights start at 1")
     if (total := sum(map(int, w))) * kept >= PRODUCT_LIMIT:

@@ -12,11 +12,12 @@ from starlette.concurrency import run_in_threadpool
 from deltaserve.delta_store.errors import FileNotFound, UploadError, UploadTooLarge
 from deltaserve.server.api import files
 from deltaserve.server.api.bounded import BoundedRoute
+from deltaserve.server.api.documented import BINARY, form
 from deltaserve.server.api.fields import Between, Body, Text
 from deltaserve.server.api.files import FileObject, Purpose
-from deltaserve.server.api.multipart import FILE, Multipart, documented
+from deltaserve.server.api.multipart import Multipart
 from deltaserve.server.api.responses import ERRORS
-from deltaserve.server.api.uploads import receive_form, room
+from deltaserve.server.api.uploads import disk_room, receive_form
 from deltaserve.server.files.store import StoredFile, check_filename
 from deltaserve.server.files.uploads import MOST_PARTS, Part, Upload, Uploads
 
@@ -102,7 +103,7 @@ def get_upload(upload_id: str, request: Request) -> UploadObject:
     return answered(upload, None, [part_answered(part) for part in uploads.parts(upload_id)])
 
 
-@router.post("/v1/uploads/{upload_id}/parts", openapi_extra=documented(["data"], data=FILE))
+@router.post("/v1/uploads/{upload_id}/parts", openapi_extra=form(["data"], data=BINARY))
 async def add_part(upload_id: str, request: Request) -> PartObject:
     """Add a part, in any order and several at once."""
     state = request.app.state
@@ -111,9 +112,9 @@ async def add_part(upload_id: str, request: Request) -> PartObject:
     await run_in_threadpool(uploads.check_room, upload, 1)
     most = min(state.settings.max_upload_bytes, upload.size_bytes + FORM_BYTES)
     with state.files.blobs.workspace() as folder:
-        form = PartForm(request.headers.get("content-type", ""), folder, state.settings.max_upload_parts)
-        await receive_form(request, form, most)
-        data = form.files[0]
+        received = PartForm(request.headers.get("content-type", ""), folder, state.settings.max_upload_parts)
+        await receive_form(request, received, most)
+        data = received.files[0]
         part = await run_in_threadpool(uploads.add_part, upload_id, data.path, data.size_bytes, data.sha256)
     return part_answered(part)
 
@@ -121,7 +122,7 @@ async def add_part(upload_id: str, request: Request) -> PartObject:
 @bounded.post("/v1/uploads/{upload_id}/complete")
 def complete_upload(upload_id: str, body: Completion, request: Request) -> UploadObject:
     """Join the parts into a file."""
-    with room():
+    with disk_room():
         upload, file = _uploads(request).complete(upload_id, body.part_ids, body.md5)
     return answered(upload, file)
 

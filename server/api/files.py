@@ -1,6 +1,5 @@
 """OpenAI's Files: send, list, read, delete. Their bytes are streamed to disk and kept under their SHA-256."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from deltaserve.delta_store.errors import FileNotFound, RequestRefused, UploadError
-from deltaserve.server.api.multipart import FILE, Multipart, ReceivedFile, documented
+from deltaserve.server.api.documented import BINARY, FILE, form
+from deltaserve.server.api.multipart import Multipart, ReceivedFile
+from deltaserve.server.api.paging import page
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_form
 from deltaserve.server.files.store import FileStore, StoredFile, check_filename
@@ -63,9 +64,9 @@ class FileDeleted:
     deleted: bool
 
 
-_FORM = documented(
+_FORM = form(
     ["file", "purpose"],
-    file=FILE,
+    file=BINARY,
     purpose={"type": "string", "enum": list(get_args(Purpose))},
     **{
         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
@@ -80,17 +81,17 @@ async def create_file(request: Request) -> FileObject:
     state = request.app.state
     files: FileStore = state.files
     with files.blobs.workspace() as folder:
-        form = FileForm(request.headers.get("content-type", ""), folder, state.settings.max_upload_parts)
-        await receive_form(request, form, state.settings.max_upload_bytes)
-        received = form.received
+        filled = FileForm(request.headers.get("content-type", ""), folder, state.settings.max_upload_parts)
+        await receive_form(request, filled, state.settings.max_upload_bytes)
+        received = filled.received
         file = await run_in_threadpool(
             files.add,
             received.path,
             received.filename,
             received.size_bytes,
-            form.fields["purpose"],
+            filled.fields["purpose"],
             received.sha256,
-            form.seconds,
+            filled.seconds,
         )
     return answered(file)
 
@@ -110,7 +111,7 @@ def list_files(
     found = list(request.app.state.files.listed(purpose, sha256))
     if order == "desc":
         found.reverse()
-    some, has_more = page(found, after, limit)
+    some, has_more = page(found, after, limit, FileNotFound)
     data = [answered(file) for file in some]
     return FileList("list", data, data[0].id if data else None, data[-1].id if data else None, has_more)
 
@@ -121,11 +122,7 @@ def get_file(file_id: str, request: Request) -> FileObject:
     return answered(request.app.state.files.get(file_id))
 
 
-@router.get(
-    "/{file_id}/content",
-    response_class=FileResponse,
-    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
-)
+@router.get("/{file_id}/content", response_class=FileResponse, responses=FILE)
 def get_content(file_id: str, request: Request) -> FileResponse:
     """A file's bytes."""
     with ExitStack() as holding:
@@ -194,17 +191,6 @@ def check_seconds(seconds: int) -> int:
             f"'expires_after.seconds' must be from {least} to {most}; got {seconds}", "expires_after.seconds"
         )
     return seconds
-
-
-def page(found: Sequence[StoredFile], after: str | None, limit: int) -> tuple[Sequence[StoredFile], bool]:
-    """At most ``limit`` files behind ``after``, and whether there are more."""
-    begin = 0
-    if after is not None:
-        ids = [file.id for file in found]
-        if after not in ids:
-            raise FileNotFound(f"There is no file {after[:64]!r} in this list to go on from")
-        begin = ids.index(after) + 1
-    return found[begin : begin + limit], len(found) > begin + limit
 
 
 def answered(file: StoredFile) -> FileObject:

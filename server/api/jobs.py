@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from deltaserve.delta_store.errors import JobNotFound
+from deltaserve.server.api.paging import page
 from deltaserve.server.api.responses import ERRORS, ErrorBody
 from deltaserve.server.jobs.store import Job, Status
 
@@ -76,13 +77,8 @@ def list_jobs(
     after: Annotated[str | None, Query(description="The id of the last job of the list before")] = None,
 ) -> JobList:
     """The jobs, newest first."""
-    jobs = list(request.app.state.jobs.listed())
-    if after is not None:
-        ids = [job.id for job in jobs]
-        if after not in ids:
-            raise JobNotFound(f"There is no job {after[:64]!r} to go on from")
-        jobs = jobs[ids.index(after) + 1 :]
-    return JobList("list", [answered(job) for job in jobs[:limit]], len(jobs) > limit)
+    some, has_more = page(request.app.state.jobs.listed(), after, limit, JobNotFound)
+    return JobList("list", [answered(job) for job in some], has_more)
 
 
 @router.get("/{job_id}")

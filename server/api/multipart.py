@@ -4,19 +4,15 @@ Its ready-made readers keep fields in memory and files in the system's temporary
 where it is told, is told which parts may come, and refuses the first that may not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from deltaserve.delta_store.blobs import HashingFile
 from deltaserve.delta_store.errors import UploadError, UploadIncomplete, UploadTooLarge
-
-FILE = {"type": "string", "format": "binary"}
-"""A file in OpenAPI's terms."""
 
 MAX_FIELD_BYTES = 1024
 MAX_BOUNDARY_BYTES = 70  # RFC 2046; headers of parts are bounded by the parser
@@ -149,9 +145,3 @@ class Multipart:
 
     def _end(self) -> None:
         self._complete = True
-
-
-def documented(required: Sequence[str], **properties: Any) -> dict[str, Any]:
-    """What OpenAPI is told of a form (``openapi_extra`` of its route)."""
-    schema = {"type": "object", "required": list(required), "properties": properties}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

@@ -19,11 +19,11 @@ from deltaserve.delta_store.pruning.methods import method
 from deltaserve.delta_store.selection.tolerance import REPORT_BYTES
 from deltaserve.server.api import profiles
 from deltaserve.server.api.bounded import counted
+from deltaserve.server.api.documented import BINARY, form
 from deltaserve.server.api.fields import Between, Body, Text, shown
 from deltaserve.server.api.forms import Form
 from deltaserve.server.api.jobs import JobObject, answered
 from deltaserve.server.api.kinds import is_encoder
-from deltaserve.server.api.multipart import FILE, documented
 from deltaserve.server.api.responses import ERRORS
 from deltaserve.server.api.uploads import receive_form
 from deltaserve.server.api.variants import VariantReceipt, check_free, encode, register, sender
@@ -38,7 +38,7 @@ MOST_FILES = 1000
 TOLERANCES = ("max_kl", "min_agreement", "bytes")
 
 Nats = Annotated[float, Between(0, 1e6, above=True)]
-Percent = Annotated[str, Field(pattern=r"^\d{1,3}(\.\d{1,6})?%$")]
+Percent = Annotated[str, Field(pattern=r"^\d{1,3}(\.\d+)?%$")]
 
 router = APIRouter(prefix="/v1/variants", tags=["variants"], responses=ERRORS)
 
@@ -55,9 +55,7 @@ class FromFiles(Body):
     file_id: Text | None = None
     file_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_FILES)] | None = None
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    max_kl: (
-        Annotated[float, Between(0, 1e6, above=True)] | Annotated[str, Field(pattern=r"^\d{1,3}(\.\d+)?%$")] | None
-    ) = None
+    max_kl: Nats | Percent | None = None
     min_agreement: Annotated[float, Between(0, 1, above=True)] | None = None
     bytes: Annotated[int, Between(REPORT_BYTES + 1, 2**62)] | None = None
     method: Text | None = None
@@ -79,7 +77,7 @@ class FromFiles(Body):
         return next(({name: value} for name in TOLERANCES if (value := getattr(self, name)) is not None), None)
 
 
-_BODY = documented(["name"], name={"type": "string"}, artifact=FILE, adapter={"type": "array", "items": FILE})
+_BODY = form(["name"], name={"type": "string"}, artifact=BINARY, adapter={"type": "array", "items": BINARY})
 _BODY["requestBody"]["content"]["application/json"] = {"schema": FromFiles.model_json_schema()}
 
 
@@ -112,13 +110,14 @@ async def post_variant(request: Request, response: Response) -> VariantReceipt |
 async def _from_form(request: Request, state: State) -> VariantReceipt:
     settings = state.settings
     with state.blobs.workspace() as folder:
-        form = Form(request.headers.get("content-type", ""), folder, settings.max_upload_parts)
-        await receive_form(request, form, settings.max_upload_bytes)
-        check_free(form.name, state)
-        if form.adapter:
-            await to_thread.run_sync(encode, form.adapter, folder / "artifact", state, limiter=state.examinations)
+        received = Form(request.headers.get("content-type", ""), folder, settings.max_upload_parts)
+        await receive_form(request, received, settings.max_upload_bytes)
+        check_free(received.name, state)
+        if received.adapter:
+            await to_thread.run_sync(encode, received.adapter, folder / "artifact", state, limiter=state.examinations)
         file = folder / "artifact"
-        return await to_thread.run_sync(register, form.name, file, state, sender(request), limiter=state.examinations)
+        name, key = received.name, sender(request)
+        return await to_thread.run_sync(register, name, file, state, key, limiter=state.examinations)
 
 
 async def _body(request: Request) -> FromFiles:

@@ -27,7 +27,7 @@ async def receive_file(request: Request, path: Path, max_bytes: int) -> str:
     Raises UploadTooLarge as soon as ``max_bytes`` is passed, UploadIncomplete if the body is not what was announced.
     """
     announced = announced_digest(request)
-    with room(), HashingFile(path) as file:
+    with disk_room(), HashingFile(path) as file:
         async for piece in pieces(request, max_bytes):
             await run_in_threadpool(file.write, piece)
     if announced and announced != file.digest:
@@ -40,7 +40,7 @@ async def receive_form(request: Request, form: Multipart, max_bytes: int) -> Non
     if announced_digest(request):
         raise UploadError("A form's checksum is not checked; send the artifact as the body to PUT /v1/variants/{name}")
     try:
-        with room():
+        with disk_room():
             async for piece in pieces(request, max_bytes):
                 await run_in_threadpool(form.write, piece)
             form.close()
@@ -49,7 +49,7 @@ async def receive_form(request: Request, form: Multipart, max_bytes: int) -> Non
 
 
 @contextmanager
-def room() -> Iterator[None]:
+def disk_room() -> Iterator[None]:
     """A full disk is a StorageFull."""
     try:
         yield

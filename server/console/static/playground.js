@@ -116,52 +116,47 @@ function column(name) {
   return { place, text, problem, foot, element, update: (model) => placed(place, model) };
 }
 
-function begin(view) {
+// Whether `fill` put an answer into the column, or was stopped; what it throws is shown there.
+async function answered(view, fill) {
   view.text.replaceChildren();
   view.problem.hidden = true;
   put(view.foot, "waits …");
   view.element.setAttribute("aria-busy", "true");
-}
-
-function fail(view, error) {
-  put(view.foot, error.name === "AbortError" ? "stopped" : "");
-  if (error.name !== "AbortError") {
-    put(view.problem, error.message);
-    view.problem.hidden = false;
+  try {
+    put(view.foot, await fill(performance.now()));
+    return true;
+  } catch (error) {
+    const isStopped = error.name === "AbortError";
+    put(view.foot, isStopped ? "stopped" : "");
+    put(view.problem, isStopped ? "" : error.message);
+    view.problem.hidden = isStopped;
+    return isStopped;
+  } finally {
+    view.element.removeAttribute("aria-busy");
   }
-  return error.name === "AbortError";
 }
 
 function chatColumn(name) {
   const view = column(name);
 
-  async function ask({ question, system, temperature, maxTokens }, signal) {
-    begin(view);
-    const started = performance.now();
+  const ask = ({ question, system, temperature, maxTokens }, signal) => answered(view, async (started) => {
     const messages = [...(system ? [{ role: "system", content: system }] : []), { role: "user", content: question }];
     let first = null, reason = null, usage = null;
     const written = document.createTextNode("");
     view.text.append(written);
-    try {
-      const response = await open("POST", "v1/chat/completions",
-        { model: name, messages, temperature, max_tokens: maxTokens, stream: true, stream_options: { include_usage: true } }, signal);
-      for await (const chunk of events(response)) {
-        const choice = chunk.choices[0];
-        usage = chunk.usage ?? usage;
-        reason = choice?.finish_reason ?? reason;
-        if (!choice?.delta.content) continue;
-        first ??= performance.now();
-        written.data += choice.delta.content;
-        put(view.foot, `first token after ${seconds((first - started) / 1000)}`);
-      }
-      put(view.foot, footnote(started, first, usage, reason, response.headers.get("x-deltaserve-version")));
-      return true;
-    } catch (error) {
-      return fail(view, error);
-    } finally {
-      view.element.removeAttribute("aria-busy");
+    const response = await open("POST", "v1/chat/completions",
+      { model: name, messages, temperature, max_tokens: maxTokens, stream: true, stream_options: { include_usage: true } }, signal);
+    for await (const chunk of events(response)) {
+      const choice = chunk.choices[0];
+      usage = chunk.usage ?? usage;
+      reason = choice?.finish_reason ?? reason;
+      if (!choice?.delta.content) continue;
+      first ??= performance.now();
+      written.data += choice.delta.content;
+      put(view.foot, `first token after ${seconds((first - started) / 1000)}`);
     }
-  }
+    return footnote(started, first, usage, reason, response.headers.get("x-deltaserve-version"));
+  });
 
   return { ...view, ask };
 }
@@ -181,21 +176,12 @@ function footnote(started, first, usage, reason, version) {
 function classColumn(name) {
   const view = column(name);
 
-  async function ask({ question }, signal) {
-    begin(view);
-    const started = performance.now();
-    try {
-      const answer = await (await open("POST", "v1/classify", { model: name, input: question }, signal)).json();
-      const result = answer.data[0];
-      view.text.append(h("p", {}, h("strong", {}, result.label)), h("p", {}, result.probs.map((p) => percent(p)).join(" · ")));
-      put(view.foot, seconds((performance.now() - started) / 1000));
-      return true;
-    } catch (error) {
-      return fail(view, error);
-    } finally {
-      view.element.removeAttribute("aria-busy");
-    }
-  }
+  const ask = ({ question }, signal) => answered(view, async (started) => {
+    const answer = await (await open("POST", "v1/classify", { model: name, input: question }, signal)).json();
+    const result = answer.data[0];
+    view.text.append(h("p", {}, h("strong", {}, result.label)), h("p", {}, result.probs.map((p) => percent(p)).join(" · ")));
+    return seconds((performance.now() - started) / 1000);
+  });
 
   return { ...view, ask };
 }
