@@ -1,7 +1,6 @@
 """Texts of many variants in one batch: each gets what its merged model, run alone by plain transformers, gives."""
 
 import asyncio
-import json
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,7 +29,6 @@ from deltaserve.delta_store.errors import (
     OptionError,
     QueueFull,
     RequestRefused,
-    UnsupportedCheckpoint,
 )
 from deltaserve.kernels.codes import float_codes
 from deltaserve.kernels.parts import Delta, Rows
@@ -361,48 +359,3 @@ def test_other_kinds_of_weights(tmp_path: Path, weights: str, tolerance: float) 
 def test_swap_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="use policy auto or mixed"):
         Served(tiny_encoder(), {}, tmp_path, limits=replace(SMALL, policy="swap"))
-
-
-MODULES = [
-    {"path": "", "type": "sentence_transformers.models.Transformer"},
-    {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-]
-
-
-@pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize(
-    ("config", "cls"),
-    [
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, True),
-        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, False),
-        ({"pooling_mode": "cls"}, True),
-    ],
-)
-def test_pooling_is_what_the_model_s_files_say(tmp_path: Path, config: Any, cls: bool, normalised: bool) -> None:
-    base = tiny_encoder()
-    folder = save_encoder(base, tmp_path / "base")
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    (folder / "modules.json").write_text(json.dumps(MODULES if normalised else MODULES[:2]))
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
-    served = Served(base, {}, tmp_path)
-    assert served.engine.context_length == 20
-    served.engine.start()
-    text = random_texts(1, 4, longest=20)[0]
-    expected = embedded_alone(base, text, cls=cls, normalised=normalised)
-    close(asyncio.run(served.embed("", [text]))[0], expected)
-    served.engine.stop()
-
-
-def test_other_modules_are_refused_by_name(tmp_path: Path) -> None:
-    folder = save_encoder(tiny_encoder(), tmp_path / "base")
-    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    (folder / "modules.json").write_text(json.dumps([*MODULES[:2], dense]))
-    with pytest.raises(UnsupportedCheckpoint, match="has a Dense"):
-        EncoderEngine(folder, limits=SMALL)
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(UnsupportedCheckpoint, match="pools by max_tokens"):
-        EncoderEngine(folder, limits=SMALL)
