@@ -27,7 +27,7 @@ STAGES: Mapping[str, tuple[float, float, int]] = {
     "Confirm": (0.9, 0.94, 3),
     "Report": (0.94, 0.99, 7),
 }
-REPORT_SECONDS = 0.5
+REPORT_SECONDS = 0.1
 WATCH_SECONDS = 0.1
 ARTIFACT = "artifact"
 

@@ -1,4 +1,8 @@
-"""One browser and one server with keys for all tests of the console; without Chromium they are skipped."""
+"""A browser, and a server with keys, for the tests of the console; without Chromium they are skipped.
+
+Playwright's event loop runs in this thread as long as the browser is open, and no other may: a file's tests have a
+browser of their own, which is closed before those of another file begin.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -22,7 +26,7 @@ FLAGS = (
 expect.set_options(timeout=10_000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no chromium: apt-get install chromium")
@@ -32,7 +36,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def console(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
     folder = tmp_path_factory.mktemp("console")
     base = save(tiny_llama(vocab=300), folder / "base", vocab=300)
@@ -47,7 +51,7 @@ def console(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield console
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def session(console: Console) -> Iterator[BrowserContext]:
     with console.context() as context:
         yield context
