@@ -1,14 +1,14 @@
 """Compression jobs: list, look at, cancel, follow. ``POST /v1/variants`` with a checkpoint begins one."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import monotonic
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
+from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from deltaserve.delta_store.errors import JobNotFound
@@ -61,6 +61,9 @@ class JobObject:
     error: ErrorBody | None
 
 
+_JSON = TypeAdapter(JobObject)
+
+
 @dataclass(frozen=True, slots=True)
 class JobList:
     """Newest first; ``has_more``: the next ones are asked for with ``after`` set to the last one's id."""
@@ -110,7 +113,7 @@ async def _events(job: Job, state: Any) -> AsyncIterator[str]:
     at = monotonic()
     while True:
         if job != sent:
-            yield f"data: {json.dumps(asdict(answered(job)))}\n\n"
+            yield f"data: {_JSON.dump_json(answered(job)).decode()}\n\n"
             sent, at = job, monotonic()
         elif monotonic() - at > ALIVE_SECONDS:
             yield ": still there\n\n"

@@ -133,6 +133,7 @@ def test_a_worker_that_needs_too_much_memory_fails_its_job(server: Running, fine
     assert (failed["status"], failed["result"]) == ("failed", None)
     assert failed["error"]["code"] == "job_failed"
     assert "it may have 1 bytes (DELTASERVE_JOB_MEMORY_BYTES)" in failed["error"]["message"]
+    assert server.http.get(f"/v1/jobs/{job_id}/events").text == f"data: {json.dumps(failed, separators=(',', ':'))}\n\n"
     assert server.http.get("/v1/variants").json()["data"] == []
     assert not (server.store / "jobs" / job_id).exists()
 
