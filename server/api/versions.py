@@ -82,6 +82,14 @@ def split(name: str, request: Request, body: Split) -> Versions:
     return _versions(state, name, state.registry.point(name, current, body.canary, body.share))
 
 
+@router.delete("/{name:path}/split")
+def end_split(name: str, request: Request) -> Versions:
+    """Send all requests to the current version again; where there is no split, nothing changes."""
+    state = request.app.state
+    current = state.registry.current(name).digest
+    return _versions(state, name, state.registry.point(name, current))
+
+
 @router.post("/{name:path}/alias", status_code=201)
 def alias(name: str, request: Request, body: Alias) -> VariantReceipt:
     """Let another name point at a version of this variant, as an upload of the same bytes under that name would."""

@@ -97,6 +97,33 @@ def test_a_variant_is_deleted_with_the_keyboard_alone(console: Console, page: Pa
     page.get_by_role("searchbox").fill("")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_a_split_is_set_and_ended_with_the_keyboard_alone(console: Console, scheme: str) -> None:
+    name = f"{scheme}-split"
+    digests = [console.put(name, seed)["digest"] for seed in (92, 93)]
+    with console.context(color_scheme=scheme, viewport={"width": 360, "height": 740}) as context:
+        page = context.new_page()
+        console.show(page, f"variants/{name}")
+        page.get_by_role("button", name="Split with version 1").wait_for()
+        tab_to(page, "Split with version 1")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.type") == "number", "what is asked for has the focus"
+        assert page.evaluate(FAINT) == page.evaluate(NAMELESS) == []
+        page.keyboard.type("25")
+        page.keyboard.press("Enter")
+        expect(page.locator(".split")).to_contain_text("Version 1 answers 25.0 % of the requests")
+        known = console.server.http.get(f"/v1/variants/{name}/versions").json()
+        assert (known["current"], known["canary"], known["share"]) == (digests[1], digests[0], 0.25)
+        assert page.evaluate("document.activeElement.textContent") == "Change share", "the focus is near where it was"
+        assert page.evaluate(FAINT) == page.evaluate(NAMELESS) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        tab_to(page, "End split")
+        page.keyboard.press("Enter")
+        expect(page.locator(".split")).to_be_hidden()
+        assert console.server.http.get(f"/v1/variants/{name}/versions").json()["canary"] is None
+        assert page.evaluate("document.activeElement.textContent") == "Use version 1"
+
+
 def tab_to(page: Page, text: str) -> None:
     for _ in range(60):
         page.keyboard.press("Tab")

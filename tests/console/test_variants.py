@@ -79,6 +79,39 @@ def test_roll_back_to_the_version_before_and_to_a_chosen_one(console: Console, p
     expect(page.get_by_role("button", name="Roll back")).to_be_disabled()
 
 
+def test_a_split_is_set_changed_and_ended(console: Console, page: Page) -> None:
+    digests = [console.put("shared", seed, QUALITY)["digest"] for seed in (24, 25)]
+
+    def split() -> tuple[str, str | None, float]:
+        known = console.server.http.get("/v1/variants/shared/versions").json()
+        return known["current"], known["canary"], known["share"]
+
+    console.show(page, "variants/shared")
+    said = page.locator(".split")
+    press(page, "Split with version 1", "Cancel")
+    assert split() == (digests[1], None, 0)
+    page.get_by_role("button", name="Split with version 1").click()
+    for unfit in ("100", "0", ""):
+        page.get_by_role("spinbutton").fill(unfit)
+        page.get_by_role("button", name="Split", exact=True).click()
+        assert page.evaluate("document.querySelector('dialog input:invalid') !== null"), "it is not sent"
+    page.get_by_role("spinbutton").fill("7")
+    page.get_by_role("button", name="Split", exact=True).click()
+    expect(said).to_have_text(re.compile("^Version 1 answers 7.0 % of the requests, version 2 the rest"))
+    expect(page.get_by_role("row").filter(has_text="canary, 7.0 %")).to_contain_text(digests[0][:12])
+    assert split() == (digests[1], digests[0], 0.07)
+    press(page, "Change share")
+    expect(page.get_by_role("spinbutton")).to_have_value("7")
+    page.get_by_role("spinbutton").fill("33.3")
+    page.get_by_role("button", name="Change", exact=True).click()
+    expect(said).to_contain_text("33.3 %")
+    assert split()[2] == 0.333
+    press(page, "End split")
+    expect(said).to_be_hidden()
+    expect(page.get_by_text("Version 2 of shared answers all requests again.")).to_be_visible()
+    assert split() == (digests[1], None, 0)
+
+
 def test_delete_asks_first_and_removes_the_row(console: Console, page: Page) -> None:
     console.put("doomed", 31)
     console.show(page, "variants/doomed")

@@ -74,6 +74,17 @@ def test_a_split_is_by_user_or_at_random_and_ends_with_the_next_upload(server, f
     assert server.http.get("/v1/variants/v/versions").json()["canary"] is None
 
 
+def test_a_split_can_be_ended(server, files):
+    canary, current = (put(server, "v", content) for content in files[:2])
+    post(server, "v/split", canary=canary, share=0.9)
+    for _ in range(2):
+        ended = server.http.delete("/v1/variants/v/split").json()
+        assert (ended["current"], ended["canary"], ended["share"]) == (current, None, 0)
+    assert {served(server, "v") for _ in range(20)} == {current}
+    assert len(ended["data"]) == 2, "both versions are still there"
+    assert server.http.delete("/v1/variants/w/split").json()["error"]["code"] == "model_not_found"
+
+
 def test_another_name_can_point_at_a_version(server, files):
     first, second = (put(server, "v", content) for content in files[:2])
     assert post(server, "v/alias", 201, alias="stable", digest=first)["id"] == "stable"

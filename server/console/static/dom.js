@@ -49,15 +49,17 @@ export function toast(text, isError = false) {
   if (!isError) setTimeout(() => note.remove(), 5000);
 }
 
-// Ask before something that cannot be undone; resolves to true if it was confirmed.
-export function confirmed(title, text, verb, isDangerous = false) {
-  const cancel = h("button", { type: "submit", value: "no", autofocus: true }, "Cancel");
-  const go = h("button", { type: "submit", value: "yes", class: isDangerous ? "danger" : "main" }, verb);
+// Ask before something that cannot be undone, or for what is in the field `body`; resolves to true if it was confirmed.
+export function confirmed(title, body, verb, isDangerous = false) {
+  const isText = typeof body === "string";
+  const cancel = h("button", { type: "button", autofocus: isText, onclick: () => dialog.close() }, "Cancel");
+  const go = h("button", { value: "yes", class: isDangerous ? "danger" : "main" }, verb);
   const heading = h("h2", { id: "confirm-title" }, title);
   const dialog = h("dialog", { "aria-labelledby": heading.id },
-    h("form", { method: "dialog" }, heading, h("p", {}, text), h("div", { class: "actions end" }, cancel, go)));
+    h("form", { method: "dialog" }, heading, isText ? h("p", {}, body) : body, h("div", { class: "actions end" }, cancel, go)));
   document.body.append(dialog);
   dialog.showModal();
+  dialog.querySelector("input")?.select();
   return new Promise((resolve) => dialog.addEventListener("close", () => {
     dialog.remove();
     resolve(dialog.returnValue === "yes");
