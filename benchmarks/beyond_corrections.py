@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 from beyond_parts import WEIGHTED, parts
@@ -22,7 +22,7 @@ STEPS, RATE = 16, 0.02
 Decoded = tuple[dict[str, Tensor], int]
 
 
-@cache
+@lru_cache(maxsize=2)
 def plain(subject: Subject, drop: float) -> Decoded:
     """The variant under weighted drop, by parameter, and its file's bytes."""
     with subject.artifact_of(parts(subject, lambda name: drop), WEIGHTED, WEIGHTED.options({})) as (artifact, profile):
@@ -66,7 +66,7 @@ def bias(subject: Subject, drop: float) -> Row:
     return corrected(subject, drop, correct, sum(sum(subject.fine[name].shape) for name in subject.linears))
 
 
-@cache
+@lru_cache(maxsize=1)
 def mean_inputs(subject: Subject) -> dict[str, Tensor]:
     """``[in]`` by weight, on calibration text."""
     sums: dict[str, list[Tensor]] = {}

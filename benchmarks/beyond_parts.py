@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from math import sqrt
 
 from evidence import Row, Subject
@@ -54,7 +54,7 @@ def parts(
     return found
 
 
-@cache
+@lru_cache(maxsize=4)
 def embedding_parts(subject: Subject, change: Change, codec: Codec) -> tuple[whole.Encoded, ...]:
     """Rank 4 with the factors in ``codec``."""
     mean, (spec, part) = whole.embedding(change.read(), WEIGHTED.options({}).rank)
@@ -96,7 +96,7 @@ def water_filled(subject: Subject, drop: float) -> Row:
     return measured(subject, parts(subject, lambda name: 1 - min(1.0, max(0.002, scale * wanted[name]))))
 
 
-@cache
+@lru_cache(maxsize=1)
 def sensitivities(subject: Subject) -> dict[str, float]:
     """By weight: the KL on calibration text of pruning its kind alone, times that of its depth, a share of each."""
 

@@ -34,7 +34,13 @@ from deltaserve.delta_store.selection.bench import Bench  # noqa: E402
 from deltaserve.delta_store.selection.journal import Point  # noqa: E402
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of  # noqa: E402
 
-CORPUS = {"scripture": "scripture", "scripture-large": "scripture", "scripture-adamr": "scripture", "python": "python"}
+CORPUS = {
+    "scripture": "scripture",
+    "scripture-large": "scripture",
+    "scripture-adamr": "scripture",
+    "python": "python",
+    "python-long": "python",
+}
 """The text of each full fine-tune that is measured."""
 
 ADAPTERS = {"scripture-lora": "scripture"}

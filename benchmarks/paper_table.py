@@ -10,7 +10,7 @@ stopped.
 
 import argparse
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -38,12 +38,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = Rows("paper_table", "python benchmarks/paper_table.py FOLDER")
-    for settings in (plain, *(partial(searched, per=per) for per in SCOPES)):  # an early stop leaves whole columns
-        for name in args.variants:
-            subject = Subject(name, args.folder, HELD_OUT_TOKENS, CALIBRATION_TOKENS)
-            rows.once({"row": "fine-tune", "variant": name}, subject.about)
-            for key, measure in tqdm([s for p in args.rates for s in settings(subject, p)], desc=name):
-                rows.once({"row": "setting", "variant": name, **key}, measure)
+    for name in args.variants:
+        subject = Subject(name, args.folder, HELD_OUT_TOKENS, CALIBRATION_TOKENS)
+        rows.once({"row": "fine-tune", "variant": name}, subject.about)
+        kinds = (plain, *(partial(searched, per=per) for per in SCOPES))
+        for key, measure in tqdm([s for kind in kinds for p in args.rates for s in kind(subject, p)], desc=name):
+            rows.once({"row": "setting", "variant": name, **key}, measure)
     rows.end([])
 
 
@@ -121,7 +121,7 @@ def darex(subject: Subject, p: float, per: str, judge: str) -> Row:
     return subject.measure_tensors(tensors) | {"q": [min(by.values()), max(by.values())]}
 
 
-@cache
+@lru_cache(maxsize=1)
 def trials(subject: Subject, p: float, per: str) -> tuple[Callable[[float], Point], dict[str, float]]:
     """What calibration text says of an eta, each looked at once for both judges; and rho by weight."""
     kept, rho = survivors(subject, p, 0), shares(noise_and_signal_of(subject), per)
@@ -138,7 +138,7 @@ def divided(subject: Subject, kept: dict[str, Tensor], p: float, by: dict[str, f
     return subject.variant(lambda name: kept[name] / ((1 - p) * by[name]))
 
 
-@cache
+@lru_cache(maxsize=1)
 def noise_and_signal_of(subject: Subject) -> dict[str, tuple[float, float]]:
     with torch.inference_mode():
         full = full_model(subject.base, subject.fine_tune)
