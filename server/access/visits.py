@@ -1,5 +1,6 @@
 """A request that makes the model work, from the check of its key until its end: limits, usage, metrics, trace."""
 
+from asyncio import CancelledError
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ class Visits:
 
 
 class Visit(AbstractContextManager["Visit"]):
-    """One request that was let in. ``headers`` tell its client what is left; ``answer`` is set once there is one."""
+    """One request that was let in. ``headers`` tell its client what is left.
+
+    ``answer`` is set once there is one that is generated; ``encodes`` where there will be vectors or classes instead.
+    """
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Visit(AbstractContextManager["Visit"]):
         self.request, self.key, self.model, self.headers = request, key, model, headers
         self.prompt_tokens, self.most_tokens = prompt_tokens, most_tokens
         self.answer: Answer | None = None
+        self.encodes = False
         self.arrived: float = request.state.arrived
         self.ended = 0.0
         self._visits, self._subjects = visits, subjects
@@ -101,6 +106,8 @@ class Visit(AbstractContextManager["Visit"]):
         self._note(used)
         if self.answer is not None:
             observe(self, self.answer, visits.metrics)
+        elif self.encodes:
+            observe_encoding(self, error, visits.metrics)
         if visits.tracing is not None:
             visits.tracing.record(self, error)
 
@@ -145,6 +152,21 @@ def observe(visit: Visit, answer: Answer, metrics: Metrics) -> None:
     for choice in choices:
         metrics.ended.labels(label, choice.outcome).inc()
         _observe_choice(choice, label, metrics)
+
+
+def observe_encoding(visit: Visit, error: BaseException | None, metrics: Metrics) -> None:
+    """Count a request to an encoder that has ended, by its error; one that was refused is no request to the model."""
+    if error is None:
+        outcome = "stop"
+    elif isinstance(error, GenerationFailed):
+        outcome = "error"
+    elif isinstance(error, CancelledError):
+        outcome = "abort"
+    else:
+        return
+    metrics.ended.labels(visit.label, outcome).inc()
+    metrics.request_prompt.labels(visit.label).observe(visit.prompt_tokens)
+    metrics.whole.labels(visit.label).observe(visit.ended - visit.arrived)
 
 
 def _observe_choice(choice: Choice, label: str, metrics: Metrics) -> None:

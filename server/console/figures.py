@@ -61,7 +61,8 @@ class Memory:
 class Counts:
     """One model's requests since the server started, from the counters of /metrics.
 
-    ``request_s`` is the sum over ``requests`` ended ones, ``first_token_s`` that over ``first_tokens``.
+    ``request_s`` is the sum over ``requests`` ended ones, ``first_token_s`` that over ``first_tokens``. ``tokens`` were
+    generated, ``prompt_tokens`` read: all that an encoder has.
     """
 
     in_flight: int
@@ -70,6 +71,7 @@ class Counts:
     first_tokens: int
     first_token_s: float
     tokens: int
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ def counts(metrics: Metrics) -> dict[str, Counts]:
         ("first_tokens", metrics.first_token, "_count"),
         ("first_token_s", metrics.first_token, "_sum"),
         ("tokens", metrics.generation_tokens, "_total"),
+        ("prompt_tokens", metrics.prompt_tokens, "_total"),
     )
     for field, metric, ending in sources:
         for model, value in _values(metric, ending):
@@ -170,6 +173,7 @@ def counts(metrics: Metrics) -> dict[str, Counts]:
             first_tokens=int(values["first_tokens"]),
             first_token_s=values["first_token_s"],
             tokens=int(values["tokens"]),
+            prompt_tokens=int(values["prompt_tokens"]),
         )
         for model, values in sorted(found.items())
     }

@@ -1,14 +1,10 @@
 """The same question to several models, side by side."""
 
 import re
-from pathlib import Path
 
-from playwright.sync_api import Browser, Page, expect
-from running_server import running, wait_until
-from tiny_encoders import classifier_of, save_encoder, tiny_encoder
+from playwright.sync_api import Page, expect
+from running_server import wait_until
 from web_console import Console
-
-from deltaserve.delta_store.compress import compress
 
 
 def test_the_answers_of_several_models_are_those_of_the_api(console: Console, page: Page) -> None:
@@ -71,18 +67,3 @@ def test_a_name_that_is_none_is_refused(console: Console, page: Page) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_text("There is no model “nobody”")).to_be_visible()
     expect(page.get_by_role("list", name="Models that are asked").get_by_role("listitem")).to_have_count(1)
-
-
-def test_an_encoder_classifies_and_one_without_a_head_says_so(browser: Browser, tmp_path: Path) -> None:
-    encoder = tiny_encoder()
-    base = save_encoder(encoder, tmp_path / "base")
-    compress(base, save_encoder(classifier_of(encoder), tmp_path / "fine"), tmp_path / "artifact", method="lossless")
-    with running(base, tmp_path / "store") as server, browser.new_page() as page:
-        server.http.put("/v1/variants/mood", content=(tmp_path / "artifact").read_bytes()).raise_for_status()
-        page.goto(f"{server.url}/console/#/playground")
-        page.get_by_label("Text").fill("a good thing")
-        page.get_by_role("button", name="Classify").click()
-        page.get_by_text("Not all could answer.").wait_for()
-        said = server.http.post("/v1/classify", json={"model": "mood", "input": "a good thing"}).json()["data"][0]
-        expect(page.get_by_role("article", name="Answer of mood")).to_contain_text(said["label"])
-        expect(page.get_by_role("article", name="Answer of base")).to_contain_text("no classification head")

@@ -2,7 +2,7 @@
 
 const WINDOW_S = 60;
 const SHARED = "other"; // of models that have no counters of their own
-const QUIET = { inFlight: 0, requestsPerMinute: 0, tokensPerSecond: 0, firstToken: null, request: null };
+const QUIET = { requestsPerMinute: 0, tokensPerSecond: 0, latency: null };
 
 export class Live {
   #samples = [];
@@ -11,25 +11,25 @@ export class Live {
   add(figures) {
     const last = this.#samples.at(-1);
     if (last && (last.clock > figures.clock_s || fell(last.counts, figures.counts))) this.#samples = [];
-    this.#samples.push({ clock: figures.clock_s, counts: figures.counts, isCounted: figures.base.kind === "decoder" });
+    this.#samples.push({ clock: figures.clock_s, counts: figures.counts, isEncoder: figures.base.kind === "encoder" });
     while (this.#samples.length > 2 && this.#samples[1].clock < figures.clock_s - WINDOW_S) this.#samples.shift();
   }
 
-  // Null where there is nothing to tell: yet, or of an encoder, whose requests have no such counters. Times are means in seconds.
+  // Null where there is nothing to tell yet. Tokens are those generated, of an encoder those read; the latency is the mean time
+  // to the first token, of an encoder to the answer, in seconds.
   of(model) {
     const first = this.#samples[0], last = this.#samples.at(-1);
     const now = last?.counts[model];
-    if (!last || last.clock === first.clock || !last.isCounted) return null;
+    if (!last || last.clock === first.clock) return null;
     if (!now) return SHARED in last.counts ? null : { ...QUIET };
     const before = first.counts[model] ?? {};
     const grown = (name) => now[name] - (before[name] ?? 0);
+    const mean = (sum, count) => (grown(count) > 0 ? grown(sum) / grown(count) : null);
     const elapsed = last.clock - first.clock;
     return {
-      inFlight: now.in_flight,
       requestsPerMinute: (60 * grown("requests")) / elapsed,
-      tokensPerSecond: grown("tokens") / elapsed,
-      firstToken: grown("first_tokens") > 0 ? grown("first_token_s") / grown("first_tokens") : null,
-      request: grown("requests") > 0 ? grown("request_s") / grown("requests") : null,
+      tokensPerSecond: grown(last.isEncoder ? "prompt_tokens" : "tokens") / elapsed,
+      latency: last.isEncoder ? mean("request_s", "requests") : mean("first_token_s", "first_tokens"),
     };
   }
 

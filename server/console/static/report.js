@@ -18,7 +18,7 @@ export function cards(variant) {
     ["Size", bytes(variant.size_bytes), `${ratio(server.figures.base.bytes / variant.size_bytes)} smaller than 16 bits`],
     ["KL to the full fine-tune", nats(quality?.kl_mean), quality?.kl_base ? `the bare base: ${nats(quality.kl_base)}` : "nats a token, held-out text"],
     ["Same token first", percent(quality?.top1_agreement), quality?.top1_agreement_base ? `the bare base: ${percent(quality.top1_agreement_base)}` : "as the full fine-tune"],
-    ["Requests a minute", rate(live?.requestsPerMinute), `${rate(live?.tokensPerSecond)} tokens/s, first after ${seconds(live?.firstToken)}`],
+    ["Requests a minute", rate(live?.requestsPerMinute), `${rate(live?.tokensPerSecond)} tokens/s, ${server.figures.base.kind === "encoder" ? "answered" : "first"} after ${seconds(live?.latency)}`],
   ];
 }
 

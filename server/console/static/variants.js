@@ -10,7 +10,7 @@ export const tierText = (tier) => TIERS[tier] ?? tier;
 
 const live = (variant) => server.live.of(variant.id);
 // Title, what it sorts by, what it shows, and what a pointer or a screen reader is told of the column.
-const COLUMNS = [
+const COMMON = [
   ["Name", (v) => v.id, null, "Name of the variant"],
   ["Version", (v) => v.version, (v) => String(v.version), "Number of the current version"],
   ["Size", (v) => v.size_bytes, (v) => bytes(v.size_bytes), "Bytes of the current artifact, everything counted"],
@@ -20,24 +20,29 @@ const COLUMNS = [
   ["Gain kept", (v) => -(gainKept(v.quality) ?? -9), (v) => percent(gainKept(v.quality)), "Share of what fine-tuning gained over the base in held-out loss"],
   ["Where", (v) => Object.keys(TIERS).indexOf(tierOf(v)), null, "In memory, loading, on the host, or stored"],
   ["Req/min", (v) => -(live(v)?.requestsPerMinute ?? -1), (v) => rate(live(v)?.requestsPerMinute), "Requests a minute, over the last minute or since this page was opened"],
-  ["Tokens/s", (v) => -(live(v)?.tokensPerSecond ?? -1), (v) => rate(live(v)?.tokensPerSecond), "Generated tokens a second, over the same time"],
-  ["First token", (v) => live(v)?.firstToken ?? Infinity, (v) => seconds(live(v)?.firstToken), "Mean time to the first token, over the same time"],
 ];
-const NUMERIC = new Set(["Version", "Size", "Smaller", "KL", "Same token", "Gain kept", "Req/min", "Tokens/s", "First token"]);
+const tokens = (hint) => ["Tokens/s", (v) => -(live(v)?.tokensPerSecond ?? -1), (v) => rate(live(v)?.tokensPerSecond), hint];
+const latency = (title, hint) => [title, (v) => live(v)?.latency ?? Infinity, (v) => seconds(live(v)?.latency), hint];
+const COLUMNS = {
+  decoder: [...COMMON, tokens("Generated tokens a second, over the same time"), latency("First token", "Mean time to the first token, over the same time")],
+  encoder: [...COMMON, tokens("Tokens of texts a second, over the same time"), latency("Answer", "Mean time until a request is answered, over the same time")],
+};
+const WORDS = new Set(["Name", "Where"]); // all other columns are numbers
 
 // Kept while one looks at a variant and comes back.
 const chosen = { search: "", where: "all", sort: 0, isReversed: false, page: 0 };
 
 export function variantsView() {
+  const columns = COLUMNS[server.figures.base.kind];
   const search = h("input", { type: "search", placeholder: "Part of a name", value: chosen.search, oninput: () => narrow("search", search.value) });
   const where = h("select", { onchange: () => narrow("where", where.value) },
     ...[["all", "All"], ["memory", "In memory"], ["pinned", "Pinned"], ["asked", "Asked in the last minute"]].map(([value, text]) =>
       h("option", { value, selected: value === chosen.where }, text)));
-  const sorts = COLUMNS.map(([title, , , hint], at) => h("button", { type: "button", title: hint, onclick: () => sortBy(at) }, title));
-  const sort = h("select", { onchange: () => sortBy(Number(sort.value)) }, ...COLUMNS.map(([title], at) => h("option", { value: at, selected: at === chosen.sort }, title)));
+  const sorts = columns.map(([title, , , hint], at) => h("button", { type: "button", title: hint, onclick: () => sortBy(at) }, title));
+  const sort = h("select", { onchange: () => sortBy(Number(sort.value)) }, ...columns.map(([title], at) => h("option", { value: at, selected: at === chosen.sort }, title)));
   const sortField = field("Sort by", sort);
   sortField.classList.add("sort-by");
-  const heads = COLUMNS.map(([title], at) => h("th", { scope: "col", class: NUMERIC.has(title) && "number" }, sorts[at]));
+  const heads = columns.map(([title], at) => h("th", { scope: "col", class: !WORDS.has(title) && "number" }, sorts[at]));
   const body = h("tbody");
   const found = h("p", { class: "quiet", role: "status" });
   const back = h("button", { type: "button", onclick: () => turn(-1) }, "Previous");
@@ -62,7 +67,7 @@ export function variantsView() {
     const text = chosen.search.trim().toLowerCase();
     const tests = { all: () => true, memory: (v) => tierOf(v) === "resident", pinned: isPinned, asked: (v) => live(v)?.requestsPerMinute > 0 };
     const list = server.variants.filter((v) => v.id.toLowerCase().includes(text) && tests[chosen.where](v));
-    const by = COLUMNS[chosen.sort][1];
+    const by = columns[chosen.sort][1];
     const sign = chosen.isReversed ? -1 : 1;
     const keyed = list.map((v) => [by(v), v]);
     keyed.sort(([a, v], [b, w]) => sign * (a < b ? -1 : a > b ? 1 : 0) || (v.id < w.id ? -1 : 1));
@@ -77,7 +82,7 @@ export function variantsView() {
     chosen.page = Math.min(Math.max(chosen.page, 0), last);
     const shown = list.slice(chosen.page * PAGE, (chosen.page + 1) * PAGE);
     const elements = shown.map((variant) => {
-      if (!rows.has(variant.id)) rows.set(variant.id, row(variant.id));
+      if (!rows.has(variant.id)) rows.set(variant.id, row(variant.id, columns));
       const one = rows.get(variant.id);
       one.fill(variant);
       return one.element;
@@ -108,11 +113,11 @@ export function variantsView() {
   };
 }
 
-function row(name) {
+function row(name, columns) {
   const link = h("a", { href: `#/variants/${name}` }, name);
   const marks = h("span", { class: "marks" });
   const tier = h("span", { class: "badge" });
-  const cells = COLUMNS.map(([title, , show]) => [h("td", { "data-label": title, class: NUMERIC.has(title) && "number" }), show]);
+  const cells = columns.map(([title, , show]) => [h("td", { "data-label": title, class: !WORDS.has(title) && "number" }), show]);
   const element = h("tr", {}, h("th", { scope: "row" }, link, marks), ...cells.slice(1).map(([cell]) => cell));
   cells[7][0].append(tier);
 
@@ -142,11 +147,13 @@ function row(name) {
 
 // What the whole server does now.
 function summaryCards() {
+  const isEncoder = server.figures.base.kind === "encoder";
   const cards = [
     ["Base", (f) => f.base.id, (f) => `${count(f.base.parameters)} parameters · ${bytes(f.base.bytes)}`],
     ["In memory", (f) => `${f.memory.slots_used} of ${f.memory.slots}`, (f) => `${bytes(f.memory.bytes_used)} of ${bytes(f.memory.bytes)}`],
     ["Requests", (f) => `${f.running} running`, (f) => (f.waiting ? `${f.waiting} waiting` : "none waiting")],
-    ["Generated tokens", () => `${rate(server.live.total()?.tokensPerSecond)}/s`, (f) => `cache ${percent(f.cache_used)} used`],
+    [isEncoder ? "Tokens of texts" : "Generated tokens", () => `${rate(server.live.total()?.tokensPerSecond)}/s`,
+      (f) => (isEncoder ? `${rate(server.live.total()?.requestsPerMinute)} requests a minute` : `cache ${percent(f.cache_used)} used`)],
   ].map(([title, main, more]) => ({ main, more, title, value: h("dd", { class: "value" }), note: h("dd", { class: "quiet" }) }));
   return {
     element: h("dl", { class: "cards" }, ...cards.map((card) => h("div", { class: "card" }, h("dt", {}, card.title), card.value, card.note))),
