@@ -65,9 +65,8 @@ def test_rate_and_latency_follow_requests(server: Running, page: Page) -> None:
 
 def ended(server: Running) -> Counter[str]:
     """Requests to the base by how they ended."""
-    found = re.findall(
-        r'vllm:request_success_total\{finished_reason="(\w+)",model_name="base"\} (\S+)', metrics(server)
-    )
+    metrics = server.http.get("/metrics").text
+    found = re.findall(r'vllm:request_success_total\{finished_reason="(\w+)",model_name="base"\} (\S+)', metrics)
     return Counter({reason: int(float(count)) for reason, count in found})
 
 
