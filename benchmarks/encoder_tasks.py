@@ -2,8 +2,8 @@
 
 FOLDER holds the fine-tunes of all-MiniLM-L6-v2 that deploy/demo/encoder.py makes, by task. Each setting is compressed
 with three seeds; the artifact is read back and classifies 500 random texts of the test split (all, where there are
-fewer) beside the full fine-tune, in float32. Writes results/encoder_tasks.jsonl row by row, and a plot; an interrupted
-run goes on where it stopped.
+fewer) beside the full fine-tune, in float32. ``--choose`` does the same on the calibration split, which settings are
+chosen on. Writes results/encoder_tasks.jsonl row by row, and a plot; an interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -47,32 +47,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--choose", action="store_true", help="on the calibration split")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = Rows("encoder_tasks", "python benchmarks/encoder_tasks.py FOLDER")
-    tasks = [Task(task, args.folder / task) for task in reversed(SNIPPETS)]  # the largest last
+    split, row = ("calibration", "choice") if args.choose else ("test", "setting")
+    tasks = [Task(task, args.folder / task, split) for task in reversed(SNIPPETS)]  # the largest last
     for task in tasks:
-        rows.once({"row": "fine-tune", "task": task.name}, task.about)
+        rows.once({"row": "fine-tune" if split == "test" else "fine-tune on choice", "task": task.name}, task.about)
     for setting in args.settings:
         method, options = SETTINGS[setting]
         for task in tqdm(tasks, desc=setting):
             for seed in SEEDS:
-                key = {"row": "setting", "task": task.name, "setting": setting, "seed": seed}
+                key = {"row": row, "task": task.name, "setting": setting, "seed": seed}
                 rows.once(key, partial(task.measure, method, {**options, "seed": seed}))
     rows.end(goals(rows.rows))
     plot(rows)
 
 
 class Task:
-    """A fine-tune and its test texts, with the full fine-tune's log-probabilities of them."""
+    """A fine-tune and a split's texts, with the full fine-tune's log-probabilities of them."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, split: str) -> None:
         self.name = name
         self.folder = folder
         self.base: Checkpoint = open_checkpoint(encoder_folder())
         self.fine_tune: FineTune = open_fine_tune(folder, self.base)
-        texts = labelled(name)["test"]
+        texts = labelled(name)[split]
         self.texts = random.Random(0).sample(texts, min(TEST_TEXTS, len(texts)))
         self.tokenizer = tokenizer_of(self.base.folder)
         self.wanted = predictions(full_model(self.base, self.fine_tune), self.tokenizer, self.texts)
@@ -145,7 +147,7 @@ def plot(rows: Rows) -> None:
     figure, panels = plt.subplots(1, len(SNIPPETS), figsize=(3.4 * len(SNIPPETS), 3.6), sharey=True)
     for panel, task in zip(panels, SNIPPETS, strict=True):
         for setting in SETTINGS:
-            points = [r for r in rows.rows if r.get("task") == task and r.get("setting") == setting]
+            points = [r for r in rows.rows if r["row"] == "setting" and (r["task"], r["setting"]) == (task, setting)]
             panel.plot([r["ratio"] for r in points], [r["points_lost"] for r in points], "o", label=setting)
         panel.axhline(POINTS, color="grey", linewidth=0.8)
         panel.axvline(RATIO, color="grey", linewidth=0.8)
