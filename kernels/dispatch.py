@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from deltaserve.kernels import reference
 from deltaserve.kernels.cpu import library
 from deltaserve.kernels.cpu.operations import CpuBackend
 from deltaserve.kernels.parts import Delta
-from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.segments import Table
 from deltaserve.kernels.weights import Weight
 
 logger = logging.getLogger(__name__)
@@ -36,18 +37,24 @@ class Layers(Protocol):
 
 
 class Backend(Protocol):
-    """The operations, as ``reference.py`` defines them."""
+    """The operations, as ``reference.py`` defines them, for tensors on ``device``.
+
+    ``segments`` are ``Segments``, or what the backend's ``tiles`` made where it has such a table; None: no variants.
+    """
 
     @property
     def NAME(self) -> str: ...  # noqa: N802
+    @property
+    def device(self) -> torch.device: ...
     def prepare(self, delta: Delta) -> Any: ...
     def one_variant(self) -> AbstractContextManager[Callable[[Delta], Any]]: ...
     def slots(self, prepared: Sequence[Any]) -> Any: ...
+    def tiles(self, rows: int, slots: int, runs: int | None = None) -> Table | None: ...
     def layers(self, weights: Sequence[Weight], slots: int, *, copies: bool = False) -> Layers: ...
-    def linear(self, x: Tensor, layers: Any, segments: Segments | None) -> list[Tensor]: ...
-    def linear_(self, y: Tensor, x: Tensor, layers: Any, segments: Segments | None) -> None: ...
-    def delta_linear_(self, y: Tensor, x: Tensor, bank: Sequence[Any], segments: Segments) -> None: ...
-    def delta_embedding_(self, y: Tensor, ids: Tensor, bank: Sequence[Any], segments: Segments) -> None: ...
+    def linear(self, x: Tensor, layers: Any, segments: Any) -> list[Tensor]: ...
+    def linear_(self, y: Tensor, x: Tensor, layers: Any, segments: Any) -> None: ...
+    def delta_linear_(self, y: Tensor, x: Tensor, bank: Sequence[Any], segments: Any) -> None: ...
+    def delta_embedding_(self, y: Tensor, ids: Tensor, bank: Sequence[Any], segments: Any) -> None: ...
     def rms_norm(self, x: Tensor, table: Tensor, places: Tensor | None, epsilon: float, offset: float) -> Tensor: ...
     def swap_in_(self, weight: Tensor, delta: Delta) -> Any: ...
     def swap_out_(self, weight: Tensor, token: Any) -> None: ...
@@ -82,15 +89,15 @@ def _triton() -> Backend:
     return TritonBackend()
 
 
-def backend(name: str = "auto") -> Backend:
-    """The backend of this name, or for ``auto`` the fastest one here for a model on the CPU.
+def backend(name: str = "auto", device: str = "cpu") -> Backend:
+    """The backend of this name, or for ``auto`` the fastest one here for a model on ``device``, cpu or cuda.
 
     Raises ValueError, with the known names, for any other; RuntimeError for ``triton`` where it cannot run.
     """
+    if name == "triton" or (name == "auto" and device == "cuda"):
+        return _triton()
     if name == "auto":
         return next(iter(BACKENDS.values()))
-    if name == "triton":
-        return _triton()
     if name not in BACKENDS:
         raise ValueError(f"Unknown kernel backend {name!r}; known are: auto, {', '.join(BACKENDS)}, triton")
     return BACKENDS[name]

@@ -22,6 +22,7 @@ from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.weights import Weight
 
 NAME = "reference"
+device = torch.device("cpu")
 slots = list
 """One layer's bank, with an entry a slot."""
 
@@ -155,6 +156,10 @@ def _prepare_part(part: Part) -> Gathered | Factors | Full | Lines:
             return Full(decode(part.values))
         case Rows():
             return Lines(part.ids, decode(part.values), part.mean, part.mean_rows)
+
+
+def tiles(rows: int, slots: int, runs: int | None = None) -> None:
+    """Nothing is captured here: the host reads ``Segments``."""
 
 
 def layers(weights: Sequence[Weight], slots: int, *, copies: bool = False) -> Layers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +47,20 @@ class Segments:
     def slot_of_row(self) -> Tensor:
         """int64 ``[rows]``: the slot of each row."""
         return self.slots.long().repeat_interleave(self.offsets.diff().long())
+
+
+class Table(Protocol):
+    """A segment table that stays where it is on a device, for launches that are made again: ``assign`` changes it.
+
+    ``rows`` is that of the segments it has. ``places`` int32, for each row that there can be: 0 for the base's, else 1
+    plus the slot.
+    """
+
+    @property
+    def rows(self) -> dict[int, slice | Tensor]: ...
+    @property
+    def places(self) -> Tensor: ...
+    def assign(self, segments: Segments) -> None: ...
 
 
 def _rows(offsets: Sequence[int], owners: Sequence[int]) -> dict[int, slice | Tensor]:

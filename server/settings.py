@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     served_name: str | None = Field(None, description="Model id of the base; the last part of its path if not given")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the base and its variants are: cpu, cuda, or the GPU where there is one (auto)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Number format of the loaded base")
     weights: Literal["plain", "int8", "packed"] = Field(
         "plain",
@@ -40,7 +43,7 @@ class Settings(BaseSettings):
     policy: Literal["auto", "mixed", "swap"] = Field(
         "auto", description="Deltas apply beside the base (mixed), inside its weights (swap), or as measured (auto)"
     )
-    backend: str = Field("auto", description="Kernel backend; auto takes the fastest one here")
+    backend: str = Field("auto", description="Kernel backend; auto takes the fastest one for the device")
     max_upload_bytes: PositiveInt = Field(4 * 2**30, description="Largest body of an upload, in bytes")
     max_upload_parts: PositiveInt = Field(32, description="Most parts of a multipart upload")
     upload_idle_seconds: PositiveFloat = Field(30.0, description="Longest pause of an upload before it is refused")

@@ -63,7 +63,9 @@ class CpuBackend:
         self._decode = library().deltaserve_decode
         self._choices: dict[Any, Choice] = {}
 
+    device = torch.device("cpu")
     prepare = staticmethod(prepare)
+    tiles = staticmethod(reference.tiles)
 
     @contextmanager
     def one_variant(self) -> Iterator[Callable[[Delta], Prepared]]:

@@ -77,15 +77,25 @@ class TritonBackend:
         return layout.prepare(delta, self.device)
 
     def one_variant(self) -> AbstractContextManager[Callable[[Delta], Prepared]]:
-        return nullcontext(self.prepare)
+        """``prepare`` for one variant's deltas. Raises ValueError for a rank that no slot of ``layers`` takes."""
+        return nullcontext(self._prepare_for_layers)
 
-    def slots(self, prepared: Sequence[Prepared | None], rank: int = LARGEST_RANK) -> Slots:
+    def _prepare_for_layers(self, delta: Delta) -> Prepared:
+        prepared = self.prepare(delta)
+        if prepared.rank > LARGEST_RANK:
+            raise ValueError(f"A delta of rank {prepared.rank}; the GPU kernels run at most {LARGEST_RANK}")
+        return prepared
+
+    def slots(self, prepared: Sequence[Prepared | None], rank: int | None = None) -> Slots:
         """One layer's bank, which any layer's calls read and ``slots[i] = prepared`` changes in place."""
-        return Slots(prepared, self.device, rank)
+        return Slots(prepared, self.device, LARGEST_RANK if rank is None else rank)
 
-    def tiles(self, rows: int, slots: int) -> Tiles:
-        """A segment table for at most ``rows`` rows and banks of ``slots`` slots; at first all rows are the base's."""
-        return Tiles(rows, slots, self.device)
+    def tiles(self, rows: int, slots: int, runs: int | None = None) -> Tiles:
+        """A segment table for at most ``rows`` rows in ``runs`` runs and banks of ``slots`` slots, at first nobody's.
+
+        Give it to the operations in place of ``Segments``: rows beyond those that were assigned are the base's.
+        """
+        return Tiles(rows, slots, self.device, runs)
 
     def layers(self, weights: Sequence[Weight], slots: int, *, copies: bool = False) -> FusedLayers:
         """Layers that read the same input, with empty banks."""
@@ -207,7 +217,9 @@ class TritonBackend:
             raise ValueError(f"{len(inputs)} {name} for {len(y)} rows of y")
 
     def _tiles(self, segments: Segments | Tiles, rows: int, slots: int) -> Tensor:
-        return segments.table if isinstance(segments, Tiles) else self._tiles_of(segments, rows, slots)
+        if isinstance(segments, Tiles):
+            return segments.table[: segments.most(rows)]
+        return self._tiles_of(segments, rows, slots)
 
     def _upload(self, segments: Segments, rows: int, slots: int) -> Tensor:
         return cut(segments, rows, slots).to(self.device)

@@ -66,22 +66,43 @@ class Slots(Sequence[Prepared | None]):
 
 
 class Tiles:
-    """A segment table, cut into tiles of rows. ``table`` int32 ``[capacity, 3]``: first row, number of rows, slot.
+    """A segment table, cut into tiles of rows, for at most ``capacity`` rows in at most ``runs`` runs of one owner.
 
-    Unused places belong to nobody. ``assign`` writes another segment table in place, for the next replay.
+    ``table`` int32 ``[most tiles, 3]``: first row, number of rows, slot; unused places belong to nobody. ``places``
+    int32 ``[capacity]``: where a table of the base's and then each slot's entry has that of each row. ``rows`` is that
+    of the segments that were assigned last, on the host. ``assign`` writes another segment table in place, by one copy
+    in the order of the current stream, for the next replay.
     """
 
-    def __init__(self, capacity: int, slots: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, slots: int, device: torch.device, runs: int | None = None) -> None:
         self.slots = slots
-        self.table = torch.full((capacity, 3), BASE, dtype=torch.int32, device=device)
+        self.rows: dict[int, slice | Tensor] = {}
+        self._capacity, self._runs = capacity, capacity if runs is None else runs
+        most = self.most(capacity)
+        self._memory = _tables(most, capacity).to(device)
+        self.table, self.places = self._memory[: 3 * most].view(most, 3), self._memory[3 * most :]
+
+    def most(self, rows: int) -> int:
+        """Tiles that so many rows are cut into, at most."""
+        return min(rows, rows // FULL.value + FULL.value // FEW.value * self._runs)
 
     def assign(self, segments: Segments) -> None:
-        """Raises ValueError for a malformed table, an unknown slot, or more rows than there are places."""
-        capacity = len(self.table)
-        tiles = cut(segments, min(capacity, int(segments.offsets[-1])), self.slots)
-        table = torch.full((capacity, 3), BASE, dtype=torch.int32)
-        table[: len(tiles)] = tiles
-        self.table.copy_(table)
+        """Raises ValueError for a malformed table, an unknown slot, or more rows or runs than there are places."""
+        rows = int(segments.offsets[-1])
+        tiles = cut(segments, min(self._capacity, rows), self.slots)
+        if len(tiles) > self.most(rows):
+            raise ValueError(f"A segment table of {len(segments.slots)} runs; this one was made for {self._runs}")
+        most = len(self.table)
+        memory = _tables(most, self._capacity)
+        memory[: 3 * len(tiles)] = tiles.flatten()
+        memory[3 * most : 3 * most + rows] = segments.slot_of_row() - BASE
+        self._memory.copy_(memory)
+        self.rows = segments.rows
+
+
+def _tables(tiles: int, rows: int) -> Tensor:
+    """Tiles that are nobody's, and places that are the base's."""
+    return torch.cat([torch.full((3 * tiles,), BASE, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)])
 
 
 def cut(segments: Segments, rows: int, slots: int) -> Tensor:

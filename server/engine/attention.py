@@ -1,7 +1,7 @@
 """Attention over a flat batch of requests of different lengths, without a mask over all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,18 @@ class Spans:
         """Where in the cache the key rows of this layout are, from where the requests' own are (``index``)."""
         reads = self.reads.to(index.device)
         return torch.where(reads < 0, padding, index[reads])
+
+    def to(self, device: torch.device) -> "Spans":
+        """The same, with its tensors there."""
+        if device.type == "cpu":
+            return self
+        decodes = tuple(replace(d, rows=d.rows.to(device), mask=_to(d.mask, device)) for d in self.decodes)
+        prefills = tuple(replace(p, mask=_to(p.mask, device)) for p in self.prefills)
+        return Spans(decodes, prefills, self.reads.to(device))
+
+
+def _to(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if mask is None else mask.to(device)
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:

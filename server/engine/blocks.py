@@ -38,7 +38,7 @@ class Stack:
 
     def run(self, x: Tensor, step: dict[str, Any]) -> Tensor:
         paged: Paged = step["paged"]
-        rows = self._rows
+        rows, segments = self._rows, self._rows.segments
         cosines, sines = (turn.reshape(-1, self._width).contiguous() for turn in step["position_embeddings"])
         y = x[0].clone()
         self._decoder.run(
@@ -49,8 +49,8 @@ class Stack:
                 step["write_index"][0],
                 cosines,
                 sines,
-                None if rows.segments is None else rows.places,
-                rows.segments,
+                None if segments is None else rows.places,
+                segments,  # type: ignore[arg-type]  # no table: these backends read segments
             ),
         )
         return y[None]
@@ -101,6 +101,8 @@ def _described(layer: nn.Module) -> tuple[Block, Heads] | None:
     if not all(isinstance(norm, DeltaNorm) and norm.formula for norm in norms) or not all(map(_are_siblings, groups)):
         return None
     parts = [*norms, *(part for group in groups for part in group)]
+    if any(part._forward_hooks for part in parts):  # type: ignore[union-attr]  # more is computed than the layers say
+        return None
     known = {id(parameter) for part in parts for parameter in part.parameters()}  # type: ignore[union-attr]
     width, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     if {id(parameter) for parameter in layer.parameters()} != known or not isinstance(width, int) or width % 2:

@@ -18,9 +18,9 @@ from deltaserve.delta_store.errors import (
 )
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.heads import variant_architecture
-from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
 from deltaserve.server.engine.bank import Bank
+from deltaserve.server.engine.device import choose
 from deltaserve.server.engine.encoder_attention import similar
 from deltaserve.server.engine.encoder_batches import Batches, Text, Work
 from deltaserve.server.engine.encoder_head import Head
@@ -54,6 +54,9 @@ class EncoderEngine(VariantEngine):
             torch.set_num_threads(limits.threads)
         if limits.policy == "swap":
             raise OptionError("An encoder applies deltas beside its weights; use policy auto or mixed")
+        if limits.device == "cuda":
+            raise OptionError("Encoders run on the CPU; use device cpu or auto")
+        _, kernels = choose("cpu", limits.backend)
         checkpoint = open_checkpoint(base)
         self.pooling = pooling_of(checkpoint.folder)
         self.tokenizer = load_tokenizer(checkpoint)
@@ -65,7 +68,7 @@ class EncoderEngine(VariantEngine):
             checkpoint.architecture,
             self._artifacts.base_tensor,
             limits.bank_slots + SPARE,
-            backend(limits.backend),
+            kernels,
             kept=checked_kind(limits.weights),
         )
         self.vocab_size = self.model.vocabulary

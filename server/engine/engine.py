@@ -19,14 +19,15 @@ from deltaserve.delta_store.errors import (
     UnsupportedCheckpoint,
 )
 from deltaserve.delta_store.fingerprint import fingerprint
-from deltaserve.kernels.dispatch import backend
 from deltaserve.kernels.segments import BASE
-from deltaserve.server.engine import attention, sampler
+from deltaserve.server.engine import attention, flash, sampler
 from deltaserve.server.engine.bank import Bank
 from deltaserve.server.engine.continuous_batching.manager import RESTARTING, Batching
+from deltaserve.server.engine.device import choose
 from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
+from deltaserve.server.engine.norms import can_be_captured
 from deltaserve.server.engine.policy import Policy, check_kind
 from deltaserve.server.engine.reports import EngineState, Reports
 from deltaserve.server.engine.requests import Sampling, Version
@@ -57,20 +58,16 @@ class Engine(VariantEngine):
         if limits.threads is not None:
             torch.set_num_threads(limits.threads)
         checkpoint = open_checkpoint(base)
-        model = _load_model(checkpoint, limits.dtype)
+        device, kernels = choose(limits.device, limits.backend, checked_kind(limits.weights))
+        model = _load_model(checkpoint, limits.dtype).to(device)
+        flash_attention = flash.implementation(model)
         self.tokenizer = load_tokenizer(checkpoint)
         self.fingerprint = fingerprint(checkpoint)
         self.context_length = _context(model, limits)
         self.stop_ids = _stop_ids(model, self.tokenizer)
-        routing = Routing()
-        self._wrapped = WrappedModel(
-            model,
-            routing,
-            limits.bank_slots + SPARE,
-            backend(limits.backend),
-            tied=checkpoint.tied,
-            kept=checked_kind(limits.weights),
-        )
+        slots = limits.bank_slots + SPARE
+        routing = Routing(lambda: kernels.tiles(limits.batch_tokens, slots, limits.max_running + 1))
+        self._wrapped = WrappedModel(model, routing, slots, kernels, tied=checkpoint.tied, kept=limits.weights)
         check_kind(limits.policy, self._wrapped.fixed)
         self.vocab_size = self._wrapped.vocabulary
         self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path, limits.host_bytes)
@@ -87,6 +84,8 @@ class Engine(VariantEngine):
             cache_tokens=limits.cache_tokens,
             batch_tokens=limits.batch_tokens,
             running=limits.max_running,
+            flash_attention=flash_attention,
+            graphs=flash_attention is not None and can_be_captured(model),
         )
         self._artifacts.is_disturbing = lambda: bool(self._batching.router.jobs)
 
@@ -95,7 +94,7 @@ class Engine(VariantEngine):
         self._batching.start()
         with ThreadPoolExecutor(1) as pool:  # for the event loop of this thread may be running
             try:
-                pool.submit(asyncio.run, self._answer_once()).result()
+                pool.submit(asyncio.run, self._warm_up()).result()
             except EngineError as error:
                 self.stop()
                 raise UnsupportedCheckpoint(f"The base cannot run in continuous batches: {error}") from error
@@ -211,8 +210,13 @@ class Engine(VariantEngine):
         self._batching.take(job)
         return stream
 
-    async def _answer_once(self) -> None:
-        async for _ in await self.submit([0], None, Sampling(max_tokens=1, temperature=0)):
+    async def _warm_up(self) -> None:
+        """Answer one request, and on a GPU as many at once as there are graphs for."""
+        for count in self._batching.warm_up_sizes:
+            await asyncio.gather(*(self._answer(tokens=min(count, self.context_length - 1)) for _ in range(count)))
+
+    async def _answer(self, tokens: int) -> None:
+        async for _ in await self.submit([0], None, Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)):
             pass
 
 

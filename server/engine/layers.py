@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from deltaserve.kernels import reference
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
-from deltaserve.kernels.segments import BASE, Segments
+from deltaserve.kernels.segments import BASE, Segments, Table
 from deltaserve.kernels.weights import Weight, quantised
 from deltaserve.server.engine.norms import DeltaNorm
 from deltaserve.server.engine.routing import Rows
@@ -37,7 +37,7 @@ class Siblings:
         self._x: Tensor | None = None
         self._ys: list[Tensor | None] = []
 
-    def take(self, member: int, x: Tensor, segments: Segments | None) -> Tensor:
+    def take(self, member: int, x: Tensor, segments: Segments | Table | None) -> Tensor:
         """``[rows, out]`` of one member for ``x`` ``[.., rows, in]``, which the others will ask with as well."""
         if x is not self._x or self._ys[member] is None:
             self._x, self._ys = x, list(self.backend.linear(x.reshape(-1, x.shape[-1]), self.layers, segments))
@@ -116,18 +116,23 @@ class DeltaHead(DeltaLinear):
         else:
             self.added_biases.pop(slot, None)
             if prepared is not None:
-                prepared, self.added_biases[slot] = prepared.split([self.own, len(prepared) - self.own])
+                prepared, added = prepared.split([self.own, len(prepared) - self.own])
+                self.added_biases[slot] = added.to(self.get_parameter("weight").device)
         super().install(parameter, slot, prepared)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def widest(self) -> int:
+        """The longest vocabulary of the batch."""
         segments = self.rows.segments
-        widths = {} if segments is None else {slot: self.widths[slot] for slot in segments.rows}
-        widest = max(widths.values(), default=self.own)
+        return self.own if segments is None else max((self.widths[slot] for slot in segments.rows), default=self.own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        segments, widest = self.rows.segments, self.widest
         if segments is None or widest == self.own:
             return super().forward(x)
         y = x.new_full((x.shape[-2], widest), -math.inf)
-        for slot, width in widths.items():
-            y[segments.rows[slot], self.own : width] = self.added_biases.get(slot, 0)
+        for slot, rows in segments.rows.items():
+            y[rows, self.own : self.widths[slot]] = self.added_biases.get(slot, 0)
         self.siblings.backend.linear_(y, x[0], self.siblings.layers, segments)
         return y[None]
 
@@ -159,7 +164,7 @@ class DeltaEmbedding(nn.Module):
             return super().forward(ids)
         flat = ids.reshape(-1).long()
         y: Tensor = super().forward(flat.clamp(max=self.num_embeddings - 1))
-        y[flat >= self.num_embeddings] = 0
+        y.masked_fill_((flat >= self.num_embeddings)[:, None], 0)
         self.backend.delta_embedding_(y, flat, self.weights, segments)
         return y.view(*ids.shape, -1)
 

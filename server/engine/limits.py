@@ -11,9 +11,10 @@ class EngineLimits:
     by all requests; ``batch_tokens`` and ``max_running`` bound one step; ``bank_bytes`` and ``bank_slots`` bound the
     variants in memory, ``host_bytes`` the artifacts that stay open. ``weights``: those of linear layers are ``plain``,
     in ``dtype``; ``int8`` with a float32 scale a row; or ``packed``, kept twice where that is faster. ``policy`` is
-    ``auto``, ``mixed`` or ``swap`` (policy.py).
+    ``auto``, ``mixed`` or ``swap`` (policy.py). ``device`` is ``auto``, ``cpu`` or ``cuda`` (device.py).
     """
 
+    device: str = "auto"
     dtype: str = "float32"
     weights: str = "plain"
     policy: str = "auto"

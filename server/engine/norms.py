@@ -20,7 +20,8 @@ class DeltaNorm(nn.Module):
 
     ``tables[parameter]`` ``[1 + slots, n]`` holds the base's vector and, by slot, each variant's own. A norm by the
     root of the mean square, known by what it computes, is one kernel. Of the others, most only multiply by the weight,
-    so all rows run at once with a vector each; the rest (LayerNorm's fused kernel) run once a variant.
+    so all rows run at once with a vector each; the rest (LayerNorm's fused kernel) run once a variant, or where what
+    belongs to whom is only known on the device, without their vectors (``is_affine``: these come last).
     """
 
     rows: Rows
@@ -28,12 +29,14 @@ class DeltaNorm(nn.Module):
     tables: dict[str, Tensor]
     formula: Formula | None
     takes_a_vector_each_row: bool
+    is_affine: bool
 
     def adopt(self, rows: Rows, slots: int, backend: Backend) -> None:
         self.rows, self.backend = rows, backend
         vectors = {name: vector.detach() for name, vector in self.named_parameters()}
         self.formula = _formula(super().forward, self, vectors)
         self.takes_a_vector_each_row = _takes_a_vector_each_row(super().forward, self, vectors)
+        self.is_affine = _is_affine(super().forward, self, vectors)
         self.tables = {name: vector.repeat(slots + 1, 1) for name, vector in vectors.items()}
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
@@ -59,10 +62,11 @@ class DeltaNorm(nn.Module):
         if segments is None:
             return super().forward(x)
         flat = _by_row(x)
-        if self.takes_a_vector_each_row:
+        if self.takes_a_vector_each_row or (self.rows.table is not None and self.is_affine):
             places = self.rows.places
             vectors = {name: _spread(table.index_select(0, places), flat) for name, table in self.tables.items()}
-            return _with_parameters(self, vectors, super().forward, flat).view_as(x)
+            compute = _with_parameters if self.takes_a_vector_each_row else _affine
+            return compute(self, vectors, super().forward, flat).view_as(x)
         y: Tensor = super().forward(flat)
         for slot, rows in segments.rows.items():
             vectors = {name: table[slot - BASE] for name, table in self.tables.items()}
@@ -76,6 +80,12 @@ class DeltaNorm(nn.Module):
         return self.backend.rms_norm(_by_row(x), self.tables["weight"], self.rows.places, *formula).view_as(x)
 
 
+def can_be_captured(model: nn.Module) -> bool:
+    """Whether the same launches serve all variants, for each norm of a model whose layers are twins."""
+    norms = [module for module in model.modules() if isinstance(module, DeltaNorm)]
+    return all(norm.formula is not None or norm.takes_a_vector_each_row or norm.is_affine for norm in norms)
+
+
 def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
     """Whether two rows with a vector each come out, bit for bit, as one row at a time does with its vector."""
     x = torch.linspace(-1, 1, 2 * vectors["weight"].numel()).view(2, -1).to(vectors["weight"])
@@ -86,6 +96,25 @@ def _takes_a_vector_each_row(forward: Callable[[Tensor], Tensor], norm: nn.Modul
         return False
     alone = [_with_parameters(norm, {n: v[i] for n, v in each.items()}, forward, x[i : i + 1]) for i in range(2)]
     return torch.equal(together, torch.cat(alone))
+
+
+def _is_affine(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
+    """Whether the norm multiplies by its weight, and adds its bias, last of all."""
+    x = torch.linspace(-1, 1, 2 * vectors["weight"].numel(), device=vectors["weight"].device).view(2, -1)
+    vectors = {name: vector.float() + 0.5 for name, vector in vectors.items()}
+    try:
+        own = _with_parameters(norm, vectors, forward, x)
+        return torch.allclose(_affine(norm, vectors, forward, x), own, rtol=1e-4, atol=1e-5)
+    except (RuntimeError, ValueError):
+        return False
+
+
+def _affine(norm: nn.Module, vectors: dict[str, Tensor], forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``forward`` with these vectors, which rows may have of their own, in float32, in the dtype of ``x``."""
+    width = x.shape[-1]
+    plain = {name: torch.full((width,), float(name == "weight"), device=x.device) for name in vectors}
+    y = _with_parameters(norm, plain, forward, x.float()) * vectors["weight"].float()
+    return (y + vectors["bias"].float() if "bias" in vectors else y).to(x.dtype)
 
 
 def _with_parameters(
@@ -115,9 +144,9 @@ def _formula(forward: Callable[[Tensor], Tensor], norm: nn.Module, vectors: dict
     """That of a float32 root-mean-square norm, found by comparison; None for any other norm."""
     if set(vectors) != {"weight"} or vectors["weight"].dtype != torch.float32:
         return None
-    n = vectors["weight"].numel()
-    weight = torch.linspace(-1, 2, n)
-    x = torch.stack([torch.linspace(-1, 1.5, n), torch.linspace(2e-3, -1e-3, n)])  # where epsilon counts, too
+    n, on = vectors["weight"].numel(), vectors["weight"].device
+    weight = torch.linspace(-1, 2, n, device=on)
+    x = torch.stack([torch.linspace(-1, 1.5, n), torch.linspace(2e-3, -1e-3, n)]).to(on)  # where epsilon counts, too
     own = _with_parameters(norm, {"weight": weight}, forward, x)
     for epsilon in (getattr(norm, name, None) for name in ("variance_epsilon", "eps")):
         for offset in (0.0, 1.0):

@@ -120,7 +120,7 @@ def _choose(chooser: Chooser, logits: Tensor, best: float, token: int) -> Token 
             "The model's logits for this request are not finite; try another variant or a shorter prompt"
         )
     try:
-        chosen = Token(token) if chooser.is_plain else chooser.choose(logits)
+        chosen = Token(token) if chooser.is_plain else chooser.choose(logits.cpu())
     except Exception as error:  # whatever one request's settings break, its neighbours go on
         return error
     chooser.note(chosen.token_id)

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from transformers.generation.continuous_batching import continuous_api as api
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
@@ -24,6 +25,9 @@ _SIGNATURES: dict[Callable[..., Any], str] = {
     api.OutputRouter.deliver_batch: "self outputs",
     ModelRunner.compute_batch: "self model batch_data",
     ModelRunner._sample: "self scores output_ids",
+    ModelRunner._get_forward_fn: "self use_block_table",
+    ModelRunner._capture_graph: "self forward_fn compute_stream args",
+    ContinuousBatchingIOs._get_num_sequences: "self use_padding",
     FIFOScheduler._get_waiting_candidates: "self",
     api.ContinuousBatchProcessor.prepare_next_batch: "self",
     api.ContinuousBatchProcessor._generation_step: "self model",

@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from deltaserve.delta_store.errors import EngineDown, GenerationFailed
 from deltaserve.kernels.dispatch import Backend
-from deltaserve.server.engine import attention
+from deltaserve.server.engine import attention, flash
 from deltaserve.server.engine.continuous_batching.cache import SaltedCache
 from deltaserve.server.engine.continuous_batching.processor import Processor
 from deltaserve.server.engine.continuous_batching.router import Router
@@ -31,6 +31,8 @@ from deltaserve.server.engine.routing import Routing
 logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = 16
+PADDED_QUERIES, PADDED_KEYS = 64, 1024
+"""Where decoding steps are CUDA graphs, the library pads the others too: to multiples of these."""
 RESTARTING = "The engine is restarting after a failure; try again"
 STALL_SECONDS = 120.0
 RESTARTS_IN_A_ROW = 3
@@ -38,7 +40,11 @@ RESTARTS_IN_A_ROW = 3
 
 
 class Batching(api.ContinuousBatchingManager):
-    """The generation thread: takes jobs, runs them in batches, and starts again after a failure."""
+    """The generation thread: takes jobs, runs them in batches, and starts again after a failure.
+
+    ``flash_attention`` names the library's attention to use in place of ours. ``graphs``: steps in which each request
+    decodes become CUDA graphs, one for each power of two of requests; they need flash attention's block tables.
+    """
 
     def __init__(
         self,
@@ -50,15 +56,21 @@ class Batching(api.ContinuousBatchingManager):
         cache_tokens: int,
         batch_tokens: int,
         running: int,
+        flash_attention: str | None = None,
+        graphs: bool = False,
     ) -> None:
-        self.pages = -(-cache_tokens // PAGE_TOKENS)
+        page = PAGE_TOKENS if flash_attention is None else flash.PAGE_TOKENS
+        self.pages = -(-cache_tokens // page)
+        self._attention = flash_attention or attention.NAME
         config = ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
+            page_size=page,
             num_blocks=self.pages,
             max_batch_tokens=batch_tokens,
             max_requests_per_batch=min(running, batch_tokens),
-            max_blocks_per_request=0,
-            use_cuda_graph=False,
+            max_blocks_per_request=0 if flash_attention is None else self.pages,
+            use_cuda_graph=(False, graphs),
+            q_padding_interval_size=PADDED_QUERIES,
+            kv_padding_interval_size=PADDED_KEYS,
             use_async_batching=False,
             auto_switch_to_flash=False,
         )
@@ -73,7 +85,14 @@ class Batching(api.ContinuousBatchingManager):
         self._taking = threading.Lock()
 
     def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = False) -> None:
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(self._attention)
+
+    @property
+    def warm_up_sizes(self) -> list[int]:
+        """How many requests to run at once before others come: each size that has a graph of its own, and one."""
+        most = self.continuous_batching_config.max_requests_per_batch
+        graphs = any(self.continuous_batching_config.cuda_graph_booleans)
+        return [1, *(min(2**i, most) for i in range(1, (most - 1).bit_length() + 1))] if graphs else [1]
 
     @property
     def failure(self) -> str | None:

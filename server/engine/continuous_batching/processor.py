@@ -37,6 +37,7 @@ class Processor(api.ContinuousBatchProcessor):
         super().__init__(output_router=output_router, **others)
         self.routing, self.policy, self.cancelled, self.router = routing, policy, cancelled, output_router
         self.reports, self.displaced = reports, frozenset[str]()
+        self.chosen: list[tuple[Job, Token | Exception]] = []
         self.finished_steps, self.moved = 0, 0.0
         """``moved``: when a step finished, or a request had its first, on ``perf_counter``."""
         self.cache.router = output_router
@@ -65,15 +66,17 @@ class Processor(api.ContinuousBatchProcessor):
         self._report_begun(jobs)
         swapped = self.policy.before_step(jobs)
         wants_token = [f.has_new_token for f in batch]
-        self.routing.assign(lengths, [job.slot for job in jobs], wants_token, swapped=swapped)
+        padding = self._padding(sum(lengths), len(batch))
+        self.routing.assign(lengths, [job.slot for job in jobs], wants_token, swapped=swapped, padding=padding)
         start = time.perf_counter()
         super()._generation_step(model)
+        self.chosen = self.model_runner.choose()
         self.reports.stepped(sum(lengths))
         self.policy.after_step(len(jobs) if sum(lengths) == len(jobs) else 0, time.perf_counter() - start)
 
     def update_batch(self) -> None:
         """Tell the streams their tokens; rows that failed leave the batch."""
-        chosen, self.model_runner.chosen = self.model_runner.chosen, []
+        chosen, self.chosen = self.chosen, []
         tokens: list[tuple[Stream, Event]] = []
         for job, token in chosen:
             if isinstance(token, Exception):
@@ -90,6 +93,11 @@ class Processor(api.ContinuousBatchProcessor):
         super().update_batch()
         self.finished_steps += 1
         self.moved = time.perf_counter()
+
+    def _padding(self, rows: int, requests: int) -> tuple[int, int]:
+        """How many rows of tokens, and of the head, the step has beyond those of requests."""
+        io = self.inputs_and_outputs
+        return io.num_q_tokens - rows, io._get_num_sequences(self.model_runner.pad_inputs) - requests
 
     def _report_begun(self, jobs: list[Job]) -> None:
         for job in jobs:
