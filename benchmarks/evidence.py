@@ -97,7 +97,7 @@ class Subject:
         self.calibration = _samples(name, "calibration", calibration_tokens, self.base)
         self.bench = Bench(self.base, self.fine_tune)
         self.embeddings = facts_of(self.base.architecture, None).embeddings
-        self._kept_embeddings: dict[int, Known] = {}
+        self._kept_embeddings: dict[tuple[int, str], Known] = {}
         self.weights = {name: self.base.read(name).float() for name in self.base.names}
         self.fine = {name: tensor.float() for name, tensor in self.fine_tune.tensors()}
         self.linears = [n for n, t in self.fine.items() if t.dim() == 2 and n not in self.embeddings]
@@ -131,9 +131,10 @@ class Subject:
         chosen = METHODS[method]
         settings = chosen.options(options)
         facts = facts_of(self.base.architecture, self.profile if chosen.needs_profile else None)
-        known = self._kept_embeddings.get(settings.rank, {})
+        kept = (settings.rank, settings.embedding_codec)
+        known = self._kept_embeddings.get(kept, {})
         parts = encode_parts(chosen, settings, self.base, self.fine_tune, facts, known=known)
-        self._kept_embeddings[settings.rank] = {n: [part for part in parts if part[0] == n] for n in self.embeddings}
+        self._kept_embeddings[kept] = {n: [part for part in parts if part[0] == n] for n in self.embeddings}
         with self.artifact_of(parts, chosen, settings) as written:
             yield written
 

@@ -26,6 +26,7 @@ from deltaserve.delta_store.pruning.options import Value
 
 SEEDS = (0, 1, 2)
 HELD_OUT_TOKENS = 768
+ELSE_INT4: dict[str, Value] = {"embedding_codec": "int4", "whole_codec": "int4"}
 OURS: dict[str, tuple[str, dict[str, Value]]] = {
     "weighted p=0.99 V=16 int2, rank 1": ("weighted", {"drop": 0.99, "codec": "int2", "rank": 1}),
     "weighted p=0.99 V=16 int2": ("weighted", {"drop": 0.99, "codec": "int2"}),
@@ -39,6 +40,12 @@ OURS: dict[str, tuple[str, dict[str, Value]]] = {
     "weighted p=0.98 V=1 int2": ("weighted", {"drop": 0.98, "codec": "int2", "block": 1}),
     "weighted p=0.995 V=16 int2, rank 1": ("weighted", {"drop": 0.995, "codec": "int2", "rank": 1}),
     "weighted p=0.995 V=16 int2": ("weighted", {"drop": 0.995, "codec": "int2"}),
+    "weighted p=0.98 V=1 int2, all else int4": ("weighted", {"drop": 0.98, "codec": "int2", "block": 1, **ELSE_INT4}),
+    "weighted p=0.99 V=1 int2, all else int4": ("weighted", {"drop": 0.99, "codec": "int2", "block": 1, **ELSE_INT4}),
+    "weighted p=0.995 V=1 1 bit, rank 1, all else int4": (
+        "weighted",
+        {"drop": 0.995, "codec": "sign", "block": 1, "rank": 1, **ELSE_INT4},
+    ),
 }
 """The first ones, about the goals, have several seeds."""
 

@@ -25,7 +25,7 @@ from deltaserve.delta_store.heap import give_back
 from deltaserve.delta_store.lora import is_adapter
 from deltaserve.delta_store.plain_model import embedding_names
 from deltaserve.delta_store.profile import Profile
-from deltaserve.delta_store.pruning.methods import METHODS, Method
+from deltaserve.delta_store.pruning.methods import KEPT, METHODS, Method
 from deltaserve.delta_store.pruning.methods import method as method_named
 from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, divided
@@ -142,8 +142,8 @@ def _report(judge: Judge, file: ArtifactFile, parts: Parts, facts: BaseFacts) ->
     """What the artifact keeps, and its report: the same of plain DARE beside it."""
     with file.draft(parts) as draft:
         quality, size = judge.quality(draft, file.profile), sizes(draft, facts.embeddings)
-        rank = file.options.rank if "rank" in file.method.defaults else None
-        settings = plain_dare(file.base, draft, facts.embeddings, rank)
+        kept = {name: getattr(file.options, name) if name in file.method.defaults else KEPT[name] for name in KEPT}
+        settings = plain_dare(file.base, draft, facts.embeddings, kept)
     dare = METHODS["dare"]
     options = dare.options(settings)
     dare_parts = encode_parts(dare, options, file.base, file.fine_tune, facts)

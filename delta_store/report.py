@@ -10,7 +10,6 @@ from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.codec.specs import SparseSpec
 from deltaserve.delta_store.delta import is_whole
-from deltaserve.delta_store.pruning.methods import METHODS
 from deltaserve.delta_store.pruning.options import Value
 from deltaserve.delta_store.quality import Quality
 from deltaserve.kernels.codes import BITS, FLOAT_CODECS
@@ -39,23 +38,18 @@ def sizes(artifact: Artifact, embeddings: frozenset[str]) -> dict[str, int]:
 
 
 def plain_dare(
-    base: Checkpoint, artifact: Artifact, embeddings: frozenset[str], rank: Value | None
+    base: Checkpoint, artifact: Artifact, embeddings: frozenset[str], kept: Mapping[str, Value]
 ) -> dict[str, Value]:
     """DARE as published (a mask of its own for every row, 16-bit values) with the bytes that the linear weights have.
 
-    Or with the fewest that it can have: one number a row. Embeddings of the same ``rank``, else of DARE's own.
+    Or with the fewest that it can have: one number a row. ``kept`` says how all else is stored: as in the artifact.
     """
     shapes = {name: artifact.specs(name)[0].shape for name in artifact.names if name not in embeddings}
     numbers = sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and not is_whole(base, name, shape))
     found = sizes(artifact, embeddings)
     density = (found["linear_values"] + found["indices"]) / (DARE_BYTES * numbers) if numbers else 1.0
     drop = round(1 - min(1.0, max(density, least_density(base))), 6)
-    return {
-        "drop": drop,
-        "block": 1,
-        "codec": "bf16",
-        "rank": METHODS["dare"].defaults["rank"] if rank is None else rank,
-    }
+    return {"drop": drop, "block": 1, "codec": "bf16", **kept}
 
 
 def least_density(base: Checkpoint) -> float:

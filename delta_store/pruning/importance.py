@@ -22,7 +22,7 @@ def magnitude(weight: Weight, options: Options, facts: BaseFacts) -> Iterator[En
     """Keep the columns in which a block's delta is largest, enlarged to the block's energy."""
     kept = kept_columns(weight, options)
     if not kept:
-        yield weight.whole()
+        yield weight.whole(options)
         return
     spec = weight.sparse_spec("explicit", kept, options)
     energy = _block_energy(weight.matrix, spec)

@@ -46,13 +46,16 @@ class Method:
         return Options(**{**self.defaults, **given})  # type: ignore[arg-type]  # Options checks the values
 
 
+KEPT: Mapping[str, Value] = {"rank": 4, "embedding_codec": "int8", "whole_codec": "bf16"}
+"""How all methods that prune linear weights store what they do not prune."""
+
 METHODS = {
     method.name: method
     for method in (
         Method(
             "weighted",
             of_linears(weighted),
-            {"drop": 0.98, "block": 16, "codec": "int2", "seed": 0, "rank": 4},
+            {"drop": 0.98, "block": 16, "codec": "int2", "seed": 0, **KEPT},
             "Horvitz and Thompson 1952, with the inputs' RMS as in Wanda (arXiv:2306.11695)",
             "random drop",
             needs_profile=True,
@@ -60,7 +63,7 @@ METHODS = {
         Method(
             "dare",
             of_linears(dare),
-            {"drop": 0.9, "block": 16, "codec": "int4", "seed": 0, "rank": 4},
+            {"drop": 0.9, "block": 16, "codec": "int4", "seed": 0, **KEPT},
             "DARE (arXiv:2311.03099), columns stratified",
             "random drop",
         ),
@@ -72,7 +75,7 @@ METHODS = {
                 "block": 16,
                 "codec": "int4",
                 "seed": 0,
-                "rank": 4,
+                **KEPT,
                 "judge": "output",
                 "per": "model",
             },
@@ -83,14 +86,14 @@ METHODS = {
         Method(
             "magnitude",
             of_linears(magnitude),
-            {"drop": 0.95, "block": 1, "codec": "int4", "rank": 4},
+            {"drop": 0.95, "block": 1, "codec": "int4", **KEPT},
             "Magnitude pruning of deltas as in DAREx (arXiv:2410.09344), with an unbiased scale",
             "importance",
         ),
         Method(
             "wanda",
             of_linears(wanda),
-            {"drop": 0.95, "block": 16, "codec": "int4", "rank": 4},
+            {"drop": 0.95, "block": 16, "codec": "int4", **KEPT},
             "Wanda (arXiv:2306.11695) on the delta as in DAREx (arXiv:2410.09344), with an unbiased scale",
             "importance",
             needs_profile=True,
@@ -99,14 +102,14 @@ METHODS = {
         Method(
             "structural",
             of_linears(structural),
-            {"drop": 0.9, "unit": "rows", "codec": "int4", "seed": 0, "rank": 4},
+            {"drop": 0.9, "unit": "rows", "codec": "int4", "seed": 0, **KEPT},
             "Structural pruning of deltas as in DAREx (arXiv:2410.09344)",
             "structure",
         ),
         Method(
             "low-rank",
             of_linears(low_rank),
-            {"linear_rank": 8, "rank": 4},
+            {"linear_rank": 8, **KEPT},
             "ASVD (arXiv:2312.05821), of the delta",
             "low rank",
             needs_profile=True,
@@ -114,7 +117,7 @@ METHODS = {
         Method(
             "low-rank-residual",
             of_linears(low_rank_residual),
-            {"linear_rank": 1, "drop": 0.98, "block": 16, "codec": "int2", "seed": 0, "rank": 4},
+            {"linear_rank": 1, "drop": 0.98, "block": 16, "codec": "int2", "seed": 0, **KEPT},
             "ASVD (arXiv:2312.05821) plus weighted drop of the rest",
             "low rank and random drop",
             needs_profile=True,
@@ -122,14 +125,14 @@ METHODS = {
         Method(
             "dense",
             of_linears(dense),
-            {"codec": "sign", "rank": 4},
+            {"codec": "sign", **KEPT},
             "BitDelta (arXiv:2402.10193), with an unbiased scale a row",
             "few bits",
         ),
         Method(
             "dense-residual",
             of_linears(dense_residual),
-            {"drop": 0.5, "block": 16, "codec": "sign", "seed": 0, "rank": 4},
+            {"drop": 0.5, "block": 16, "codec": "sign", "seed": 0, **KEPT},
             "BitDelta (arXiv:2402.10193) plus weighted drop of the rest",
             "few bits and random drop",
             needs_profile=True,

@@ -23,8 +23,9 @@ class Options:
     """One method's settings. A method that does not take an option leaves it as it is here.
 
     ``drop`` is p, the fraction of a weight that is pruned. ``block`` rows share their columns (V). ``codec`` stores the
-    survivors. ``seed`` draws what is kept. ``rank`` is the embeddings' and the output head's, ``linear_rank`` that of
-    the linear weights. DAREx searches one q ``per`` model or layer, with the loss on labels or the change of the output
+    survivors. ``seed`` draws what is kept. ``rank`` is the embeddings' and the output head's, in ``embedding_codec``;
+    ``linear_rank`` is that of the linear weights. ``whole_codec`` stores norms, biases and weights too small to prune.
+    DAREx searches one q ``per`` model or layer, with the loss on labels or the change of the output
     as its ``judge``. Structural pruning keeps whole ``unit``\\ s.
     """
 
@@ -33,6 +34,8 @@ class Options:
     codec: Codec = "float32"
     seed: int = 0
     rank: int = 0
+    embedding_codec: Codec = "int8"
+    whole_codec: Codec = "bf16"
     linear_rank: int = 1
     judge: str = "output"
     per: str = "model"
@@ -41,8 +44,13 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise OptionError(f"drop is {self.drop}; it is the fraction pruned, from 0 to below 1 (0.98 keeps 2 %)")
-        if self.codec not in CODECS:
-            raise OptionError(f"Unknown codec {self.codec!r}; known are: {_listed(CODECS)}")
+        for name, codec in (
+            ("codec", self.codec),
+            ("embedding_codec", self.embedding_codec),
+            ("whole_codec", self.whole_codec),
+        ):
+            if codec not in CODECS:
+                raise OptionError(f"Unknown {name} {codec!r}; known are: {_listed(CODECS)}")
         if not 0 <= self.seed < SEED_LIMIT:
             raise OptionError(f"seed is {self.seed}; it can be 0 to 2**63 - 1")
         if not 0 <= self.rank <= RANK_LIMIT:

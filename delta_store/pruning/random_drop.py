@@ -36,6 +36,6 @@ def kept_columns(weight: Weight, options: Options) -> int:
 def _dropped(weight: Weight, options: Options, mask: str, facts: BaseFacts) -> Encoded:
     kept = kept_columns(weight, options)
     if not kept:
-        return weight.whole()
+        return weight.whole(options)
     spec = weight.sparse_spec(mask, kept, options)
     return spec, encode.seeded_sparse(weight.matrix, spec, weight.name, facts.profile)

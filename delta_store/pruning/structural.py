@@ -29,7 +29,7 @@ def structural(weight: Weight, options: Options, facts: BaseFacts) -> Iterator[E
     count = weight.matrix.shape[axis] // size
     kept = round((1 - options.drop) * count)
     if not kept:
-        yield weight.whole()
+        yield weight.whole(options)
         return
     drawn_for = weight.name if size == 1 else weight.name.rsplit(".", 2)[0]
     units = uniform_columns(options.seed, drawn_for, 1, count, kept)[0].long()

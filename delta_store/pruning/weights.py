@@ -10,14 +10,11 @@ from functools import wraps
 
 from torch import Tensor
 
-from deltaserve.delta_store.codec.specs import Codec, SparseSpec
+from deltaserve.delta_store.codec.specs import SparseSpec
 from deltaserve.delta_store.fine_tune import Change
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.pruning.options import Options
 from deltaserve.delta_store.pruning.whole import Encoded, dense, difference, embedding, group_of
-
-WHOLE_CODEC: Codec = "bf16"
-"""Norms, biases and weights too small to prune."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +61,9 @@ class Weight:
             }
         )
 
-    def whole(self) -> Encoded:
+    def whole(self, options: Options) -> Encoded:
         """Nothing dropped: for what is too small to prune."""
-        return dense(self.matrix, WHOLE_CODEC, transposed=self.transposed)
+        return dense(self.matrix, options.whole_codec, transposed=self.transposed)
 
 
 Function = Callable[[Change, Options, BaseFacts], Iterator[Encoded]]
@@ -83,11 +80,11 @@ def of_linears(prune: Prune) -> Function:
     def method(change: Change, options: Options, facts: BaseFacts) -> Iterator[Encoded]:
         delta = change.read()
         if change.name in facts.embeddings:
-            yield from embedding(delta, options.rank)
+            yield from embedding(delta, options.rank, options.embedding_codec)
             return
         weight = Weight(change.name, difference(delta), change.transposed)
         if weight.matrix.dim() == 1:
-            yield weight.whole()
+            yield weight.whole(options)
         else:
             yield from prune(weight, options, facts)
 

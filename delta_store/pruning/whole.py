@@ -14,7 +14,6 @@ from deltaserve.kernels.codes import FLOAT_CODECS
 GROUP = 64
 """Values that share a scale, about; a multiple of every block."""
 
-EMBEDDING_CODEC: Codec = "int8"
 OVERSAMPLING = 8
 POWER_ITERATIONS = 4
 
@@ -42,8 +41,8 @@ def low_rank(a: Tensor, b: Tensor, codec: Codec, *, transposed: bool = False) ->
     return spec, encode.low_rank(a, b, spec)
 
 
-def embedding(delta: TensorDelta, rank: int) -> Iterator[Encoded]:
-    """The mean row, the ``rank`` strongest directions around it in int8, and rows added to the vocabulary exactly.
+def embedding(delta: TensorDelta, rank: int, codec: Codec) -> Iterator[Encoded]:
+    """The mean row, the ``rank`` strongest directions around it in ``codec``, and rows added to the vocabulary exactly.
 
     Adam moves every row of an embedding, also those of tokens it never saw, along few common directions.
     """
@@ -61,7 +60,7 @@ def embedding(delta: TensorDelta, rank: int) -> Iterator[Encoded]:
     yield spec, encode.rows(added, torch.arange(base_rows, spec.shape[0]), mean, spec)
     if rank := min(rank, base_rows, width):
         a, b = strongest(matrix.sub_(mean), rank)
-        yield low_rank(a, torch.cat([b, b.new_zeros(len(added), rank)]), EMBEDDING_CODEC)
+        yield low_rank(a, torch.cat([b, b.new_zeros(len(added), rank)]), codec)
 
 
 def strongest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from deltaserve.delta_store.pruning.methods import METHODS, method
+from deltaserve.delta_store.pruning.methods import KEPT, METHODS, method
 from deltaserve.delta_store.pruning.options import Value
 
 NARROW = 1.04
@@ -35,8 +35,9 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """In the words of the command line, without the seed."""
-        options = (f"{name}={value}" for name, value in self.settings if name not in ("seed", "judge", "per"))
+        """In the words of the command line, without the seed and without the usual codecs of what is not pruned."""
+        shown = {name: value for name, value in self.settings if name not in ("seed", "judge", "per")}
+        options = (f"{name}={v}" for name, v in shown.items() if name == "rank" or KEPT.get(name) != v)
         divided = [] if self.q == 1 else [f"q={self.q:g}(1-p)"]
         return " ".join([self.method, *options, *divided])
 

@@ -10,7 +10,6 @@ from deltaserve.delta_store.compress import Known, encode_parts, facts_of
 from deltaserve.delta_store.fine_tune import FineTune
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.pruning.methods import method
-from deltaserve.delta_store.pruning.options import Value
 from deltaserve.delta_store.pruning.tuning import divided
 from deltaserve.delta_store.selection.bench import Bench
 from deltaserve.delta_store.selection.candidate import Candidate
@@ -25,7 +24,7 @@ BASE = "base"
 class Laboratory:
     """Everything that candidates of one fine-tune share. ``done`` is called after each that was measured.
 
-    ``embeddings``, by rank, are encoded once: all methods that prune linear weights have the same ones.
+    ``embeddings``, by rank and codec, are encoded once: all methods that prune linear weights have the same ones.
     """
 
     out: Path
@@ -37,7 +36,7 @@ class Laboratory:
     journal: Journal
     bench: Bench
     done: Callable[[], None] = lambda: None
-    embeddings: dict[Value, Known] = field(default_factory=dict)
+    embeddings: dict[tuple[int, str], Known] = field(default_factory=dict)
 
     def point(self, candidate: Candidate, text: str) -> Point:
         """From the journal, or measured: encoded, written to a draft, and decoded from it as a server would."""
@@ -65,10 +64,11 @@ class Laboratory:
         chosen = method(candidate.method)
         options = chosen.options(dict(candidate.settings))
         facts = facts_of(self.base.architecture, self.profile)
-        known = self.embeddings.get(options.rank, {}) if "rank" in chosen.defaults else {}
+        kept = (options.rank, options.embedding_codec)
+        known = self.embeddings.get(kept, {}) if "rank" in chosen.defaults else {}
         parts = encode_parts(chosen, options, self.base, self.fine_tune, facts, known=known)
         if "rank" in chosen.defaults:
-            self.embeddings[options.rank] = {n: [part for part in parts if part[0] == n] for n in facts.embeddings}
+            self.embeddings[kept] = {n: [part for part in parts if part[0] == n] for n in facts.embeddings}
         if chosen.tune and "judge" not in chosen.defaults:  # of those with a judge the search itself finds q
             with self.file(candidate, parts).draft(parts) as draft:
                 samples = self.texts[CALIBRATION]

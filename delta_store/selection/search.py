@@ -35,6 +35,8 @@ RAISED_RANKS = (16, 64)
 CHOICES: dict[str, tuple[Value, ...]] = {
     "codec": ("sign", "int2", "int4", "int8"),
     "rank": (0, 1, 2, 4, 8, 16, 32, 64),
+    "embedding_codec": ("int4", "int8"),
+    "whole_codec": ("int4", "int8", "bf16"),
     "linear_rank": (1, 2, 4),
     "block": BLOCKS,
     "q": (1.0, 1.1, 1.25, 1.5),

@@ -30,6 +30,7 @@ from deltaserve.delta_store.errors import OptionError, ToleranceMissed
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.profile import Profile
+from deltaserve.delta_store.pruning.methods import KEPT
 from deltaserve.delta_store.pruning.options import Value
 from deltaserve.delta_store.report import least_density, sizes
 from deltaserve.delta_store.selection.approach import approach, best_of
@@ -122,7 +123,7 @@ def select(
         stages.step,
     )
     size = delta_size(fine_tune, facts_of(base_checkpoint.architecture, shared).embeddings)
-    settled = tuple(given) if size.has_embeddings else (*given, "rank")
+    settled = tuple(given) if size.has_embeddings else (*given, "rank", "embedding_codec")
     search = Search(tolerance, laboratory.point, laboratory.of_base, settled, stages.begin, [size.label])
     found = search.run(found_families)
     picture = plot or (_beside(out, ".search.png") if draws and can_plot() else None)
@@ -271,8 +272,8 @@ def _seeds(laboratory: Laboratory, candidate: Candidate) -> dict[int, Point]:
 
 def _plain_dare(laboratory: Laboratory, size: int, candidate: Candidate) -> tuple[Candidate, Point]:
     """DARE as published (a mask of its own for every row, 16-bit values) at about as many bytes, on held-out text."""
-    rank = dict(candidate.settings).get("rank", 4)
-    given: dict[str, Value] = {"block": 1, "codec": "bf16", "rank": rank}
+    kept = {name: value for name, value in candidate.settings if name in KEPT}
+    given: dict[str, Value] = {"block": 1, "codec": "bf16", **KEPT, **kept}
     (family,) = families(False, "dare", given, least_density(laboratory.base))[:1]
     goal = Goal("bytes", size)
     trials = approach(family, goal, partial(laboratory.point, text=SHORT), family.start, DARE_ROUNDS)

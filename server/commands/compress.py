@@ -39,6 +39,12 @@ def command(
     codec: Annotated[str | None, typer.Option(help=f"How survivors are stored: {', '.join(CODECS)}.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws what is kept at random.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the embedding's and the output head's delta.")] = None,
+    embedding_codec: Annotated[
+        str | None, typer.Option(help="How those directions are stored: the same codecs.")
+    ] = None,
+    whole_codec: Annotated[
+        str | None, typer.Option(help="How norms, biases and what is too small to prune are stored.")
+    ] = None,
     linear_rank: Annotated[int | None, typer.Option(help="low-rank: rank of each linear weight's delta.")] = None,
     judge: Annotated[
         str | None, typer.Option(help="darex: what q is searched by: output (its change), or labels (their loss).")
@@ -105,6 +111,8 @@ def command(
         "codec": codec,
         "seed": seed,
         "rank": rank,
+        "embedding_codec": embedding_codec,
+        "whole_codec": whole_codec,
         "linear_rank": linear_rank,
         "judge": judge,
         "per": per,

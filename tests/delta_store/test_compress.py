@@ -19,6 +19,7 @@ from deltaserve.delta_store.compress import compress
 from deltaserve.delta_store.errors import CheckpointError, DeltaServeError, OptionError, UnsupportedCheckpoint
 from deltaserve.delta_store.merge import variant_tensors
 from deltaserve.delta_store.profile import Profile, profile_of
+from deltaserve.delta_store.pruning.methods import KEPT
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("own_cache")]
 
@@ -60,7 +61,7 @@ def test_an_artifact_says_how_it_was_made_and_not_where(base: Path, fine: Path, 
         fine.name,
         "float32",
     )
-    assert made["options"] == {"drop": 0.5, "block": 16, "codec": "int2", "seed": 5, "rank": 4}
+    assert made["options"] == {"drop": 0.5, "block": 16, "codec": "int2", "seed": 5, **KEPT}
     assert manifest.profile == receipt.profile
     assert str(tmp_path).encode() not in (tmp_path / "out").read_bytes()
     assert str(base.parent).encode() not in (tmp_path / "out").read_bytes()

@@ -64,11 +64,13 @@ def test_compress_prints_what_it_wrote(base: str, fine: str, tmp_path: Path) -> 
 
 def test_compress_passes_every_option_on(base: str, fine: str, tmp_path: Path) -> None:
     options = ["--method", "dare", "--drop", "0.25", "--block", "4", "--codec", "sign", "--seed", "9", "--rank", "2"]
+    options += ["--embedding-codec", "int4", "--whole-codec", "int8"]
     result = runner.invoke(app, ["compress", base, fine, "-o", str(tmp_path / "out"), "--json", *options])
     receipt = json.loads(result.stdout)
     assert receipt["ratio"] == pytest.approx(receipt["full_bytes"] / receipt["size_bytes"], abs=0.01)
     found = inspect(tmp_path / "out")
-    assert found.provenance["options"] == {"drop": 0.25, "block": 4, "codec": "sign", "seed": 9, "rank": 2}
+    kept = {"rank": 2, "embedding_codec": "int4", "whole_codec": "int8"}
+    assert found.provenance["options"] == {"drop": 0.25, "block": 4, "codec": "sign", "seed": 9, **kept}
     assert found.digest == receipt["digest"]
 
 

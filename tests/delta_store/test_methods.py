@@ -1,5 +1,6 @@
 """What each method keeps: how much, unbiased, the same for one seed; and what is never pruned."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from deltaserve.delta_store.codec.specs import DenseSpec, LowRankSpec, RowsSpec,
 from deltaserve.delta_store.delta import TensorDelta
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import Change
-from deltaserve.delta_store.pruning.methods import METHODS, method
+from deltaserve.delta_store.pruning.methods import KEPT, METHODS, method
 from deltaserve.delta_store.pruning.options import BLOCKS, CODECS, Value
 from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.kernels.parts import Delta
@@ -188,12 +189,33 @@ def test_every_row_of_the_table_says_what_it_is() -> None:
         assert row.options({}) is not None
 
 
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if "rank" in row.defaults])
+def test_what_is_not_pruned_is_stored_in_the_codecs_asked_for(name: str) -> None:
+    """Norms are near what they were, and embeddings near what the same directions are in float32."""
+    norm, table = tensor_delta(130), tensor_delta(64, 32)
+    ((spec, _),) = parts = encoded(name, norm, whole_codec="int8")
+    assert isinstance(spec, DenseSpec)
+    assert spec.codec == "int8"
+    torch.testing.assert_close(decoded(parts), wanted(norm), atol=1e-3, rtol=0)
+    fine = decoded(encoded(name, table, embeddings=[NAME], rank=3, embedding_codec="float32"))
+    _, (spec, _) = coarse = encoded(name, table, embeddings=[NAME], rank=3, embedding_codec="int4")
+    assert isinstance(spec, LowRankSpec)
+    assert spec.codec == "int4"
+    assert 0 < (decoded(coarse) - fine).norm() < 0.2 * fine.norm()
+
+
 def test_every_method_has_a_card_with_its_defaults() -> None:
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     for name, row in METHODS.items():
         card = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
         for heading in ("Concept", "When to use", "Inputs", "Parameters", "Paper"):
             assert f"**{heading}.**" in card
-        defaults = ", ".join(f"`{option}` ({value})" for option, value in row.defaults.items()) or "none"
+        own = listed({option: value for option, value in row.defaults.items() if option not in KEPT})
+        defaults = f"{own}, and what is kept" if "rank" in row.defaults else own or "none"
         assert f"[`{name}`](#{name})" in text
         assert f"| {defaults} |" in text
+    assert f"*What is kept*: {listed(KEPT)}" in text
+
+
+def listed(defaults: Mapping[str, Value]) -> str:
+    return ", ".join(f"`{option}` ({value})" for option, value in defaults.items())
