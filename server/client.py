@@ -19,6 +19,14 @@ KEY_VARIABLE = "DELTASERVE_API_KEY"
 TIMEOUT = httpx.Timeout(30, read=600, write=600)
 
 
+class Refusal(DeltaServeError):
+    """What the server said in its own words; ``code`` is the error's, as docs/api.md lists them."""
+
+    def __init__(self, message: str, code: str | None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @contextmanager
 def connected(url: str) -> Iterator[httpx.Client]:
     """A client of the server at ``url``, with the key in DELTASERVE_API_KEY if there is one.
@@ -35,14 +43,14 @@ def connected(url: str) -> Iterator[httpx.Client]:
 
 
 def answer(response: httpx.Response) -> Any:
-    """The body of a response as JSON; raises the server's own message if it is an error."""
+    """The body of a response as JSON; raises a Refusal if it is an error."""
     try:
         body = response.json()
-        message = body["error"]["message"] if response.is_error else ""
+        refusal = Refusal(body["error"]["message"], body["error"]["code"]) if response.is_error else None
     except (ValueError, KeyError, TypeError) as error:
         raise DeltaServeError(f"{response.url} is no deltaserve: it answered {response.status_code}") from error
-    if message:
-        raise DeltaServeError(message)
+    if refusal:
+        raise refusal
     return body
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
@@ -36,13 +36,18 @@ class ExpiresAfter(Body):
 
 
 class NewUpload(Body):
-    """A file that will be sent in parts. ``mime_type`` is OpenAI's, and has no effect."""
+    """A file that will be sent in parts. ``mime_type`` is OpenAI's, and has no effect.
+
+    ``sha256``, which OpenAI does not have, is of the whole file: checked at the end, and what a client that was cut off
+    finds the upload by.
+    """
 
     filename: Text
     bytes: Annotated[int, Field(ge=1)]
     mime_type: Text
     purpose: Purpose
     expires_after: ExpiresAfter | None = None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Completion(Body):
@@ -80,6 +85,14 @@ class UploadObject:
     parts: list[PartObject]
 
 
+@dataclass(frozen=True, slots=True)
+class UploadList:
+    """Pending uploads, oldest first."""
+
+    object: Literal["list"]
+    data: list[UploadObject]
+
+
 @bounded.post("/v1/uploads")
 def create_upload(body: NewUpload, request: Request) -> UploadObject:
     """Begin to send a file in parts."""
@@ -89,8 +102,20 @@ def create_upload(body: NewUpload, request: Request) -> UploadObject:
             f"The file has {body.bytes} bytes; at most {settings.max_file_bytes} are taken (DELTASERVE_MAX_FILE_BYTES)"
         )
     seconds = body.expires_after.seconds if body.expires_after else None
-    upload = _uploads(request).create(check_filename(body.filename), body.bytes, body.purpose, seconds)
-    return answered(upload)
+    name = check_filename(body.filename)
+    return answered(_uploads(request).create(name, body.bytes, body.purpose, seconds, body.sha256))
+
+
+@router.get("/v1/uploads")
+def list_uploads(
+    request: Request,
+    sha256: Annotated[
+        str | None, Query(pattern="^[0-9a-f]{64}$", description="Only of files that were announced with it")
+    ] = None,
+) -> UploadList:
+    """The uploads that are not complete yet, with the parts that have come: what need not be sent again."""
+    uploads = _uploads(request)
+    return UploadList("list", [_with_parts(upload, uploads) for upload in uploads.pending(sha256)])
 
 
 @router.get("/v1/uploads/{upload_id}")
@@ -100,7 +125,7 @@ def get_upload(upload_id: str, request: Request) -> UploadObject:
     upload = uploads.get(upload_id)
     with suppress(FileNotFound):  # it may have been removed since
         return answered(upload, request.app.state.files.get(upload.file or ""))
-    return answered(upload, None, [part_answered(part) for part in uploads.parts(upload_id)])
+    return _with_parts(upload, uploads)
 
 
 @router.post("/v1/uploads/{upload_id}/parts", openapi_extra=form(["data"], data=BINARY))
@@ -166,6 +191,10 @@ def answered(upload: Upload, file: StoredFile | None = None, parts: list[PartObj
         files.answered(file) if file else None,
         parts or [],
     )
+
+
+def _with_parts(upload: Upload, uploads: Uploads) -> UploadObject:
+    return answered(upload, None, [part_answered(part) for part in uploads.parts(upload.id)])
 
 
 def part_answered(part: Part) -> PartObject:

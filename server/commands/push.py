@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +12,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from deltaserve.delta_store.errors import OptionError
-from deltaserve.server.client import DEFAULT_URL, AsJson, Url, answer, connected, variant_path
-from deltaserve.server.commands.push_checkpoint import checkpoint_files, follow, search_of, send_files
+from deltaserve.server.client import DEFAULT_URL, AsJson, Refusal, Url, answer, connected, variant_path
+from deltaserve.server.commands.push_checkpoint import checkpoint_files, follow, search_of
+from deltaserve.server.commands.push_parts import SeveralReplicas, is_large, send_files
 
 if TYPE_CHECKING:
     import httpx
@@ -49,8 +50,8 @@ def command(
 ) -> None:
     """Send an artifact, a LoRA adapter or a whole checkpoint to a server, as the newest version of a variant.
 
-    What the server has already is not sent again. A checkpoint is compressed there in a job, which is followed to its
-    end; interrupted here, it goes on there.
+    What the server has already is not sent again; cut off in a large file, the next call sends the rest. A checkpoint
+    is compressed there in a job, which is followed to its end; interrupted here, it goes on there.
 
     Example: `deltaserve push reviews.safetensors --name reviews`
 
@@ -75,7 +76,7 @@ def command(
             receipt = _send_adapter(client, progress, file, name)
         else:
             _send_profile(client, progress, file, profile)
-            receipt = _known(client, file, name) or _send(client, progress, file, variant_path(name))
+            receipt = _known(client, file, name) or _send_artifact(client, progress, file, name)
     if as_json:
         typer.echo(json.dumps(receipt, indent=2))
     else:
@@ -90,8 +91,20 @@ def _known(client: "httpx.Client", file: Path, name: str) -> Any:
     """The receipt of an artifact whose bytes the server has already, None if they must be sent."""
     from deltaserve.delta_store.blobs import digest_of
 
-    response = client.post("/v1/variants", json={"name": name, "digest": digest_of(file)})
-    return answer(response) if response.is_success else None
+    try:
+        return answer(client.post("/v1/variants", json={"name": name, "digest": digest_of(file)}))
+    except Refusal as refusal:
+        if refusal.code != "file_not_found":
+            raise
+        return None
+
+
+def _send_artifact(client: "httpx.Client", progress: Progress, file: Path, name: str) -> Any:
+    """In one request; a large one in parts before."""
+    if is_large([file]) and file.suffix == ".safetensors":
+        with suppress(SeveralReplicas):  # one request always comes to one
+            return _named(client, name, send_files(client, progress, [file]))
+    return _send(client, progress, file, variant_path(name))
 
 
 def _send(client: "httpx.Client", progress: Progress, file: Path, path: str) -> Any:
@@ -130,15 +143,23 @@ def _send_profile(client: "httpx.Client", progress: Progress, file: Path, given:
 
 
 def _send_adapter(client: "httpx.Client", progress: Progress, folder: Path, name: str) -> Any:
-    """POST the files of a LoRA adapter; the server encodes them."""
+    """Send the files of a LoRA adapter, in a form or large ones in parts; the server encodes them."""
     from deltaserve.delta_store.variant_files import VARIANT_FILES
     from deltaserve.server.files.contents import ADAPTER_FILES
 
+    for part in ADAPTER_FILES:
+        if not (folder / part).is_file():
+            raise OptionError(f"{folder} is no LoRA adapter in safetensors: {part} is missing")
+    files = [folder / part for part in (*ADAPTER_FILES, *VARIANT_FILES) if (folder / part).is_file()]
+    if is_large(files):
+        with suppress(SeveralReplicas):
+            return _named(client, name, send_files(client, progress, files))
     with ExitStack() as stack:
-        parts = []
-        for part in (*ADAPTER_FILES, *(name for name in VARIANT_FILES if (folder / name).is_file())):
-            if not (folder / part).is_file():
-                raise OptionError(f"{folder} is no LoRA adapter in safetensors: {part} is missing")
-            opened = stack.enter_context(progress.open(folder / part, "rb", description=part))
-            parts.append(("adapter", (part, opened)))
-        return answer(client.post("/v1/variants", data={"name": name}, files=parts))
+        parts = [(file.name, stack.enter_context(progress.open(file, "rb", description=file.name))) for file in files]
+        form = [("adapter", part) for part in parts]
+        return answer(client.post("/v1/variants", data={"name": name}, files=form))
+
+
+def _named(client: "httpx.Client", name: str, ids: list[str]) -> Any:
+    """The receipt of a variant that is made of stored files."""
+    return answer(client.post("/v1/variants", json={"name": name, "file_ids": ids}))

@@ -1,9 +1,7 @@
-"""``deltaserve push`` of a whole checkpoint: its files are sent in parts, and the server compresses it in a job."""
+"""``deltaserve push`` of a whole checkpoint: which files it is, and the job in which the server compresses it."""
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +13,6 @@ from deltaserve.server.client import answer
 
 if TYPE_CHECKING:
     import httpx
-
-PART_BYTES = 16 * 2**20
-PAUSES_SECONDS = (1, 3)
-"""Before a part is sent again, whose connection broke; then it counts as lost."""
 
 POLL_SECONDS = 0.5
 
@@ -35,54 +29,6 @@ def checkpoint_files(folder: Path, text: Path | None) -> list[Path]:
     if text is not None and (text.suffix != ".jsonl" or not text.is_file()):
         raise OptionError(f"{text} is no .jsonl file of conversations to measure on")
     return [*shards, *(path for path in beside if path.is_file()), *([text] if text else [])]
-
-
-def send_files(client: "httpx.Client", progress: Progress, files: Sequence[Path]) -> list[str]:
-    """The ids of these files on the server; what it has already is not sent again."""
-    from deltaserve.delta_store.blobs import digest_of
-
-    ids = []
-    for file in files:
-        task = progress.add_task(file.name, total=file.stat().st_size)
-        there = answer(client.get("/v1/files", params={"sha256": digest_of(file)}))["data"]
-        known = next((one["id"] for one in there if one["filename"] == file.name), None)
-        ids.append(known or _send_in_parts(client, progress, task, file))
-        progress.update(task, completed=file.stat().st_size)
-    return ids
-
-
-def _send_in_parts(client: "httpx.Client", progress: Progress, task: Any, file: Path) -> str:
-    head = {"filename": file.name, "bytes": file.stat().st_size, "mime_type": "application/octet-stream"}
-    upload = answer(client.post("/v1/uploads", json={**head, "purpose": "fine-tune"}))["id"]
-    check, parts = hashlib.md5(usedforsecurity=False), []
-    for piece in _pieces(file):
-        check.update(piece)
-        parts.append(_send_part(client, upload, piece))
-        progress.advance(task, len(piece))
-    done = {"part_ids": parts, "md5": check.hexdigest()}
-    file_id: str = answer(client.post(f"/v1/uploads/{upload}/complete", json=done))["file"]["id"]
-    return file_id
-
-
-def _pieces(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        while piece := opened.read(PART_BYTES):
-            yield piece
-
-
-def _send_part(client: "httpx.Client", upload: str, piece: bytes) -> str:
-    """Send a part, again where the connection breaks; returns its id."""
-    import httpx
-
-    def send() -> str:
-        part: str = answer(client.post(f"/v1/uploads/{upload}/parts", files={"data": piece}))["id"]
-        return part
-
-    for pause in PAUSES_SECONDS:
-        with suppress(httpx.TransportError):
-            return send()
-        time.sleep(pause)
-    return send()
 
 
 def follow(client: "httpx.Client", job_id: str) -> Mapping[str, Any]:

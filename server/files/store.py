@@ -48,6 +48,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created REAL NOT NULL
         )""",
     ),
+    ("ALTER TABLE uploads ADD COLUMN sha256 TEXT", "CREATE INDEX uploads_by_sha256 ON uploads (sha256)"),
 )
 """A step that was released is never edited."""
 

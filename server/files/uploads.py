@@ -31,7 +31,10 @@ Status = Literal["pending", "completed", "cancelled", "expired"]
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Times in Unix seconds. ``file_seconds``: how long the finished file is kept, None is for ever."""
+    """Times in Unix seconds. ``file_seconds``: how long the finished file is kept, None is for ever.
+
+    ``sha256`` of the whole file, where whoever began it said so.
+    """
 
     id: str
     filename: str
@@ -42,6 +45,7 @@ class Upload:
     file_seconds: int | None
     status: Status
     file: str | None
+    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,9 @@ class Uploads:
         self._parts.mkdir(exist_ok=True)
         self.sweep()
 
-    def create(self, filename: str, size_bytes: int, purpose: str, file_seconds: int | None) -> Upload:
+    def create(
+        self, filename: str, size_bytes: int, purpose: str, file_seconds: int | None, sha256: str | None = None
+    ) -> Upload:
         """Begin an upload. Raises UploadTooLarge where the disk has no room for it."""
         self.sweep()
         free = shutil.disk_usage(self._parts).free
@@ -82,16 +88,24 @@ class Uploads:
             file_seconds,
             "pending",
             None,
+            sha256,
         )
         (self._parts / upload.id).mkdir()
         with self._rows.transaction() as run:
-            run.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(upload))
+            run.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(upload))
         return upload
 
     def get(self, upload_id: str) -> Upload:
         """The upload with this id."""
         with self._rows.transaction("DEFERRED") as run:
             return _upload(run, upload_id)
+
+    def pending(self, sha256: str | None = None) -> Sequence[Upload]:
+        """Those that parts may still be added to, of a file with these bytes or of any, oldest first."""
+        query = """SELECT * FROM uploads WHERE status = 'pending' AND expires > ? AND (sha256 = ? OR ? IS NULL)
+            ORDER BY created, id"""
+        with self._rows.transaction("DEFERRED") as run:
+            return [Upload(*row) for row in run.execute(query, (time.time(), sha256, sha256))]
 
     def parts(self, upload_id: str) -> Sequence[Part]:
         """What is there of a pending upload, oldest first."""
@@ -124,7 +138,7 @@ class Uploads:
         """Join the parts in this order into a file. Asked again, it answers the same.
 
         Raises UploadIncomplete, with all parts still there, where the bytes are not as many as announced or have
-        another MD5.
+        another SHA-256 or MD5.
         """
         upload = self.get(upload_id)
         if upload.status == "completed" and upload.file:
@@ -197,6 +211,10 @@ class Uploads:
         if md5 and md5.strip().lower() != check.hexdigest():
             raise UploadIncomplete(
                 f"The file's MD5 is {check.hexdigest()}, {md5[:64]} was announced; send the parts again"
+            )
+        if upload.sha256 not in (None, joined.digest):
+            raise UploadIncomplete(
+                f"The file's SHA-256 is {joined.digest}, {upload.sha256} was announced; send the parts again"
             )
         return joined.digest
 

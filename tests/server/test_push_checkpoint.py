@@ -8,7 +8,7 @@ import pytest
 from running_server import Running, artifact, running
 from tiny_models import fine_tuned, save, tiny_llama
 
-from deltaserve.server.commands import push_checkpoint
+from deltaserve.server.commands import push_checkpoint, push_parts
 
 SEARCH = ("--method", "lossless", "--bytes", 1_000_000)
 """Of few points."""
@@ -30,7 +30,7 @@ def files_of(server: Running) -> dict[str, str]:
 
 
 def test_a_folder_becomes_a_variant_and_is_not_sent_twice(deltaserve, server, fine, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(push_checkpoint, "PART_BYTES", 10_000)
+    monkeypatch.setattr(push_parts, "PART_BYTES", 10_000)
     lines = [{"prompt": f"say {i}", "answer": f"it is {i}"} for i in range(6)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ("push", fine, "--name", "team/fine", "--url", server.url, "--calibration", tmp_path / "text.jsonl")
@@ -41,7 +41,7 @@ def test_a_folder_becomes_a_variant_and_is_not_sent_twice(deltaserve, server, fi
     assert shards | {"config.json", "model.safetensors.index.json", "text.jsonl"} <= files_of(server).keys()
     quality = server.http.get("/v1/variants/team/fine").json()["current"]["quality"]
     assert quality["kl_mean"] == pytest.approx(0, abs=1e-5)
-    monkeypatch.setattr(push_checkpoint, "_send_in_parts", None)
+    monkeypatch.setattr(push_parts, "_send_part", None)
     monkeypatch.setattr(push_checkpoint, "follow", lambda *_: pytest.fail("nothing to follow"))
     code, _, err = deltaserve(*command[:-2], "--bytes", 1)
     assert (code, "'bytes' must be" in err) == (1, True), (

@@ -13,7 +13,8 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from scripted_engine import ScriptedEngine
 from scripted_service import Service, serving
 
-from deltaserve.server.files.store import FileStore
+from deltaserve.delta_store.sqlite_file import SqliteFile
+from deltaserve.server.files.store import MIGRATIONS, FileStore
 from deltaserve.server.files.uploads import Uploads
 
 CONTENT = bytes(range(256)) * 1000
@@ -139,6 +140,25 @@ def test_parts_that_were_sent_stay_and_only_the_rest_is_sent(service: Service, c
     assert client.files.content(done.file.id).read() == CONTENT
     assert client.uploads.complete(upload.id, part_ids=order).file == done.file, "asked again, the same"
     assert len(list(client.files.list())) == 1
+
+
+def test_an_upload_is_found_by_the_digest_of_its_file_which_is_checked(http: httpx.Client) -> None:
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    upload, other = begun(http, sha256=digest), begun(http)
+    sent = part(http, upload, CONTENT[:PART])
+    found = http.get("/v1/uploads", params={"sha256": digest}).raise_for_status().json()
+    (one,) = found["data"]
+    assert (one["id"], [p["id"] for p in one["parts"]]) == (upload, [sent])
+    assert one["parts"][0]["sha256"] == hashlib.sha256(CONTENT[:PART]).hexdigest()
+    assert [one["id"] for one in http.get("/v1/uploads").json()["data"]] == [upload, other]
+    assert http.get("/v1/uploads", params={"sha256": "f" * 64}).json()["data"] == []
+    wrong = part(http, upload, b"x" * (len(CONTENT) - PART))
+    refused = http.post(f"/v1/uploads/{upload}/complete", json={"part_ids": [sent, wrong]})
+    assert f"{digest} was announced" in refusal(refused, 400, "upload_incomplete")
+    rest = part(http, upload, CONTENT[PART:])
+    http.post(f"/v1/uploads/{upload}/complete", json={"part_ids": [sent, rest]}).raise_for_status()
+    http.post(f"/v1/uploads/{other}/cancel").raise_for_status()
+    assert http.get("/v1/uploads").json()["data"] == []
 
 
 def test_a_cancelled_upload_is_over(service: Service, http: httpx.Client, client: OpenAI) -> None:
@@ -268,6 +288,19 @@ def test_a_file_expires(client: OpenAI, service: Service, monkeypatch: pytest.Mo
         client.files.retrieve(file.id)
     service.app.state.files.sweep()
     assert stored(service) == []
+
+
+def test_a_database_of_before_the_digests_is_brought_up(tmp_path: Path) -> None:
+    old = SqliteFile(tmp_path / "files.sqlite3", MIGRATIONS[:1])
+    with old.transaction() as run:
+        row = ("upload_1", "a", 3, "user_data", time.time(), time.time() + 60, None, "pending", None)
+        run.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    old.close()
+    (tmp_path / "files" / "parts" / "upload_1").mkdir(parents=True)
+    files = FileStore(tmp_path / "files", tmp_path / "files.sqlite3")
+    upload = Uploads(files, 60).get("upload_1")
+    assert (upload.status, upload.sha256) == ("pending", None)
+    files.close()
 
 
 def test_what_crashes_and_time_leave_is_swept_at_the_next_start(tmp_path: Path) -> None:
