@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from beyond_corrections import bias, distilled, row_scales
-from beyond_parts import best_seed_of_model, best_seed_of_weight, embedding_codec, norms, water_filled
+from beyond_parts import best_seed_of_model, best_seed_of_weight, water_filled
 from evidence import CORPUS, HERE, Row, Rows, Subject
 from frontier import SEEDS
 from tqdm import tqdm
@@ -75,9 +75,9 @@ IDEAS: dict[str, Callable[[Subject, float], Row]] = {
     "V = 1": partial(option, {"block": 1}),
     "one bit": partial(option, {"codec": "sign"}),
     "one direction a weight beside": partial(option, {"linear_rank": 1}, method="low-rank-residual"),
-    "embedding int4": partial(embedding_codec, "int4"),
-    "norms int8": partial(norms, "int8"),
-    "norms int4": partial(norms, "int4"),
+    "embedding int4": partial(option, {"embedding_codec": "int4"}),
+    "norms int8": partial(option, {"whole_codec": "int8"}),
+    "norms int4": partial(option, {"whole_codec": "int4"}),
     "budget by sensitivity": water_filled,
     "best of 4 seeds, whole model": best_seed_of_model,
     "best of 4 seeds, each weight": best_seed_of_weight,

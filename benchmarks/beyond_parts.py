@@ -1,4 +1,4 @@
-"""Ideas that change how weighted drop is encoded: codecs of what is not pruned, budgets, seeds."""
+"""Ideas that change how weighted drop is encoded: budgets and seeds."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,14 +9,13 @@ from evidence import Row, Subject
 from torch import Tensor
 
 from deltaserve.delta_store.artifact_file import Parts
-from deltaserve.delta_store.codec.specs import Codec
 from deltaserve.delta_store.compress import facts_of
 from deltaserve.delta_store.fine_tune import Change
 from deltaserve.delta_store.pruning import whole
 from deltaserve.delta_store.pruning.methods import METHODS
 from deltaserve.delta_store.pruning.options import Options
 from deltaserve.delta_store.pruning.random_drop import weighted
-from deltaserve.delta_store.pruning.weights import WHOLE_CODEC, Weight
+from deltaserve.delta_store.pruning.weights import Weight
 from deltaserve.kernels.parts import Delta
 from deltaserve.kernels.reference import unpack
 
@@ -28,41 +27,33 @@ DEPTHS = 3
 SEEDS_TRIED = 4
 
 Drop = Callable[[str], float]
+Seed = Callable[[Weight, Options], int]
 
 
-def parts(
-    subject: Subject,
-    drop: Drop,
-    seed: Callable[[Weight, Options], int] = lambda weight, options: 0,
-    vectors: Codec = WHOLE_CODEC,
-    embedding: Codec = whole.EMBEDDING_CODEC,
-) -> Parts:
-    """Weighted drop with a p and a seed for each weight, and the codecs of norms and embeddings."""
+def parts(subject: Subject, drop: Drop, seed: Seed = lambda weight, options: 0) -> Parts:
+    """Weighted drop with a p and a seed for each weight."""
     facts = facts_of(subject.base.architecture, subject.profile)
     found: Parts = []
     for change in subject.fine_tune.changes():
         if change.name in subject.embeddings:
-            found += [(change.name, *encoded) for encoded in embedding_parts(subject, change, embedding)]
+            found += embedding_parts(subject, change)
             continue
         weight = Weight(change.name, whole.difference(change.read()), change.transposed)
+        options = WEIGHTED.options({"drop": drop(change.name)})
         if weight.matrix.dim() == 1:
-            found.append((change.name, *whole.dense(weight.matrix, vectors)))
+            found.append((change.name, *weight.whole(options)))
         else:
-            options = WEIGHTED.options({"drop": drop(change.name)})
             options = replace(options, seed=seed(weight, options))
             found += [(change.name, *encoded) for encoded in weighted(weight, options, facts)]
     return found
 
 
-@lru_cache(maxsize=4)
-def embedding_parts(subject: Subject, change: Change, codec: Codec) -> tuple[whole.Encoded, ...]:
-    """Rank 4 with the factors in ``codec``."""
-    mean, (spec, part) = whole.embedding(change.read(), WEIGHTED.options({}).rank)
-    if codec == whole.EMBEDDING_CODEC:
-        return mean, (spec, part)
-    matrix = whole.difference(change.read())
-    a, b = whole.strongest(matrix.sub_(matrix.mean(0)), spec.rank)
-    return mean, whole.low_rank(a, b, codec)
+@lru_cache(maxsize=1)
+def embedding_parts(subject: Subject, change: Change) -> Parts:
+    """Those of an embedding, which is the same for all."""
+    options = WEIGHTED.options({})
+    encoded = whole.embedding(change.read(), options.rank, options.embedding_codec)
+    return [(change.name, *part) for part in encoded]
 
 
 def measured(subject: Subject, found: Parts) -> Row:
@@ -73,14 +64,6 @@ def measured(subject: Subject, found: Parts) -> Row:
 def calibration_kl(subject: Subject, found: Parts) -> float:
     with subject.artifact_of(found, WEIGHTED, WEIGHTED.options({})) as (artifact, profile):
         return subject.bench.measure(artifact, profile, subject.calibration).kl
-
-
-def norms(codec: Codec, subject: Subject, drop: float) -> Row:
-    return measured(subject, parts(subject, lambda name: drop, vectors=codec))
-
-
-def embedding_codec(codec: Codec, subject: Subject, drop: float) -> Row:
-    return measured(subject, parts(subject, lambda name: drop, embedding=codec))
 
 
 def water_filled(subject: Subject, drop: float) -> Row:
