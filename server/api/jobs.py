@@ -17,6 +17,8 @@ from deltaserve.server.api.responses import ERRORS, ErrorBody
 from deltaserve.server.jobs.store import Job, Status
 
 POLL_SECONDS = 0.25
+"""How often a listener asks whether some job has changed; jobs are read only then."""
+
 ALIVE_SECONDS = 15.0
 """A comment is sent after so long without an event, so that nobody on the way takes the stream for dead."""
 
@@ -110,8 +112,12 @@ async def follow_job(job_id: str, request: Request) -> StreamingResponse:
 
 async def _events(job: Job, state: Any) -> AsyncIterator[str]:
     sent: Job | None = None
+    seen = None
     at = monotonic()
     while True:
+        revision = await run_in_threadpool(state.jobs.revision)
+        if revision != seen:  # asked before the job is read: what changes in between is read once more
+            job, seen = await run_in_threadpool(state.jobs.get, job.id), revision
         if job != sent:
             yield f"data: {_JSON.dump_json(answered(job)).decode()}\n\n"
             sent, at = job, monotonic()
@@ -121,7 +127,6 @@ async def _events(job: Job, state: Any) -> AsyncIterator[str]:
         if job.is_over or state.draining.begun:
             return
         await asyncio.sleep(POLL_SECONDS)
-        job = await run_in_threadpool(state.jobs.get, job.id)
 
 
 def answered(job: Job) -> JobObject:

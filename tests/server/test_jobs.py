@@ -3,14 +3,18 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from openai import OpenAI
 from running_server import Running, running, wait_until
 from safetensors.torch import save_file
+from scripted_engine import ScriptedEngine
+from scripted_service import serving
 from tiny_models import fine_tuned, save, tiny_llama
 
 from deltaserve.delta_store.codec.artifact import open_artifact
@@ -183,6 +187,41 @@ def test_what_is_wrong_with_a_checkpoint_is_said_without_the_servers_paths(base:
 def test_how_a_worker_failed_is_said_in_the_apis_terms(failure: Exception, code: str, said: str) -> None:
     error = worker.described(failure)
     assert (error["code"], said in error["message"]) == (code, True)
+
+
+def test_who_listens_to_a_job_reads_it_only_when_one_has_changed(base: Path, tmp_path: Path, monkeypatch) -> None:
+    """Changes of another server on the same store are seen too."""
+    asked = Counter()
+    for name in ("revision", "get"):
+        monkeypatch.setattr(JobStore, name, counted(getattr(JobStore, name), asked))
+    monkeypatch.setattr("deltaserve.server.api.jobs.POLL_SECONDS", 0.005)
+    with serving(tmp_path, ScriptedEngine()) as service, service.http() as http:
+        service.app.state.runner.stop()
+        jobs = service.app.state.jobs
+        job_id = jobs.create("v", {"config.json": base / "config.json"}, None, SearchOrder(NO_LIMIT)).id
+        with http.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
+            events = (json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line)
+            assert next(events)["status"] == "queued"
+            asked.clear()
+            wait_until(lambda: asked["revision"] > 20)
+            assert asked["get"] == 0
+            jobs.begin(job_id)
+            assert next(events)["status"] == "running"
+            jobs.report(job_id, "Search", 0.5, [])
+            assert (event := next(events))["progress"] == 0.5, event
+            other = JobStore(tmp_path / "jobs", tmp_path / "jobs.sqlite3")
+            other.cancel(job_id)
+            other.close()
+            assert next(events)["status"] == "cancelled"
+            assert list(events) == []
+
+
+def counted(method: Callable[..., Any], asked: Counter[str]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        asked[method.__name__] += 1
+        return method(*arguments)
+
+    return call
 
 
 def test_shards_without_an_index_get_one(tmp_path: Path) -> None:
