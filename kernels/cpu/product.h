@@ -9,74 +9,75 @@
 namespace deltaserve {
 namespace {
 
-constexpr int64_t AHEAD = 32768;       // bytes that are asked for before they are needed; the best of 1 KB to 64 KB on Zen 4
-constexpr int64_t X_BYTES = 256 << 10; // rows of x that share a pass over some rows of the weight: their part of the L2 cache
+#define UNROLLED _Pragma("GCC unroll 8")
 
-// Rows of the weight (R) and of the batch (T) whose sums the registers hold: for fewer than 4 rows of the batch, up to 24, more.
+constexpr int64_t AHEAD = 32768; // bytes that few rows ask for before they need them; the best of 1 KB to 64 KB on Zen 4 and 5
+constexpr int64_t DEEP = 576;    // columns that more rows share at a time: twice R rows of them fit into the nearest cache
+constexpr int64_t PASS_ROWS = 64; // rows of x that share a pass over some rows of the weight: their part of the L2 cache
+
+// Rows of the weight (R) and of the batch (T) whose sums the registers hold, for fewer than 4 rows of the batch and for more.
 #if DELTASERVE_ROWS == 16
-constexpr int FEW_R = 8, FEW_T = 3, SOME_R = 4, SOME_T = 4, MANY_R = 8, MANY_T = 3;
+constexpr int FEW_R = 8, FEW_T = 3, MANY_R = 6, MANY_T = 4;
 #elif DELTASERVE_ROWS == 8
-constexpr int FEW_R = 4, FEW_T = 1, SOME_R = 2, SOME_T = 3, MANY_R = 2, MANY_T = 3;
+constexpr int FEW_R = 4, FEW_T = 1, MANY_R = 2, MANY_T = 3;
 #else
-constexpr int FEW_R = 2, FEW_T = 1, SOME_R = 1, SOME_T = 2, MANY_R = 1, MANY_T = 2;
+constexpr int FEW_R = 2, FEW_T = 1, MANY_R = 1, MANY_T = 2;
 #endif
 
 template <Codec C> constexpr int64_t value_bytes = chunk_bytes<C> / CHUNK;
 
-// Asks for the R chunks that lie AHEAD, in order: neither the hardware's guess nor the order of the reads (R rows at a time)
-// is sequential. Only one of the chunks that share a cache line asks.
-template <Codec C, int R> inline void prefetch(const uint8_t*& ahead) {
-    constexpr int sharing = 64 / chunk_bytes<C>;
-    for (int r = 0; r < R; r += sharing) __builtin_prefetch(ahead + r * chunk_bytes<C>, 0, 2);
-    ahead += R * chunk_bytes<C>;
-}
+// What a tile asks the memory for at each chunk: `count` cache lines, `stride` bytes apart, and `step` bytes further at the next.
+struct Ahead {
+    const uint8_t* at = nullptr;
+    int64_t count = 0, stride = 0, step = 0;
+};
 
-// sums[T][R] = T rows of x @ R rows of the weight
+// totals[T][R] = T rows of x @ R rows of the weight over some columns, lane by lane; `begun`: added to what is there.
+// Never inlined: within a caller GCC does not always keep the totals in registers, and then a tile takes twice as long.
 template <Codec C, int R, int T>
-inline void product_tile(const uint8_t* weight, int64_t width, const float* x, int64_t stride, bool first, float (&sums)[T][R]) {
-    const int64_t row_bytes = width * value_bytes<C>;
-    const uint8_t* ahead = weight + AHEAD;
+__attribute__((noinline)) void product_tile(const uint8_t* weight, int64_t row_bytes, int64_t columns, const float* x, int64_t stride,
+                                            Ahead ahead, bool begun, F16 (&totals)[T][R]) {
     F16 total[T][R];
-    for (auto& row : total)
-        for (F16& sum : row) sum = zero<F16>();
+    UNROLLED for (int t = 0; t < T; ++t)
+        UNROLLED for (int r = 0; r < R; ++r) total[t][r] = begun ? totals[t][r] : zero<F16>();
     auto step = [&](const F16 (&values)[R], const float* inputs, int t) {
         const F16 input = load<F16>(inputs);
-        for (int r = 0; r < R; ++r) total[t][r] = fused(values[r], input, total[t][r]);
+        UNROLLED for (int r = 0; r < R; ++r) total[t][r] = fused(values[r], input, total[t][r]);
     };
     int64_t k = 0;
-    for (; k + CHUNK <= width; k += CHUNK, weight += chunk_bytes<C>) {
-        if (first) prefetch<C, R>(ahead);
+    for (; k + CHUNK <= columns; k += CHUNK, weight += chunk_bytes<C>, ahead.at += ahead.step) {
+        for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.at + i * ahead.stride);
         F16 values[R];
-        for (int r = 0; r < R; ++r) values[r] = decode<C>(weight + r * row_bytes);
-        for (int t = 0; t < T; ++t) step(values, x + t * stride + k, t);
+        UNROLLED for (int r = 0; r < R; ++r) values[r] = decode<C>(weight + r * row_bytes);
+        UNROLLED for (int t = 0; t < T; ++t) step(values, x + t * stride + k, t);
     }
-    if (k < width) { // the last chunk of a row, filled up with zeros
+    if (k < columns) { // the last chunk of a row, filled up with zeros
         F16 values[R];
-        for (int r = 0; r < R; ++r) {
+        UNROLLED for (int r = 0; r < R; ++r) {
             uint8_t bytes[chunk_bytes<C>] = {};
-            memcpy(bytes, weight + r * row_bytes, (width - k) * value_bytes<C>);
+            memcpy(bytes, weight + r * row_bytes, (columns - k) * value_bytes<C>);
             values[r] = decode<C>(bytes);
         }
-        for (int t = 0; t < T; ++t) {
+        UNROLLED for (int t = 0; t < T; ++t) {
             float inputs[CHUNK] = {};
-            memcpy(inputs, x + t * stride + k, (width - k) * sizeof(float));
+            memcpy(inputs, x + t * stride + k, (columns - k) * sizeof(float));
             step(values, inputs, t);
         }
     }
-    for (int t = 0; t < T; ++t) sum_lanes<R>(total[t], sums[t]);
+    UNROLLED for (int t = 0; t < T; ++t)
+        UNROLLED for (int r = 0; r < R; ++r) totals[t][r] = total[t][r];
 }
 
-// y[T rows from `t`, R columns from `row`] = their product with the bias, scaled, rounded once
+// y[T rows from `t`, R columns from `row`] = the sums of the lanes with the bias, scaled, rounded once
 template <Codec C, int R, int T>
-void product_rows(const Layer& layer, int64_t row, const float* x, int64_t stride, const Matrix& y, int64_t t, bool first) {
-    float sums[T][R];
-    const uint8_t* weight = static_cast<const uint8_t*>(layer.weight) + row * layer.width * value_bytes<C>;
-    product_tile<C, R, T>(weight, layer.width, x + t * stride, stride, first, sums);
+void product_outputs(const Layer& layer, int64_t row, const F16 (&totals)[T][R], const Matrix& y, int64_t t) {
     with_dtype(y.dtype, [&](auto* type) {
         for (int i = 0; i < T; ++i) {
+            float sums[R];
+            sum_lanes<R>(totals[i], sums);
             auto* outputs = row_of<std::remove_pointer_t<decltype(type)>>(y, t + i) + row;
             for (int r = 0; r < R; ++r) {
-                float sum = sums[i][r];
+                float sum = sums[r];
                 if (layer.bias) sum += layer.bias[row + r];
                 if (C == Codec::int8) sum *= layer.scales[row + r]; // last: fused or not, the result is the same
                 outputs[r] = rounded<std::remove_pointer_t<decltype(type)>>(sum);
@@ -85,29 +86,79 @@ void product_rows(const Layer& layer, int64_t row, const float* x, int64_t strid
     });
 }
 
-// Rows t .. end of the batch, T at a time and what is left over fewer at a time; the first pass over the weight fetches it.
+// A tile's rows of the batch: as fast as memory, if it is read in the order in which the weight lies there.
 template <Codec C, int R, int T>
-void product_strip(const Layer& layer, int64_t row, const float* x, int64_t stride, const Matrix& y, int64_t t, int64_t end, bool first) {
-    for (; t + T <= end; t += T, first = false) product_rows<C, R, T>(layer, row, x, stride, y, t, first);
+void product_of_few(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t from, int64_t to, int64_t t) {
     if constexpr (T > 1)
-        if (t < end) product_strip<C, R, T - 1>(layer, row, x, stride, y, t, end, first);
-}
-
-template <Codec C, int R, int T>
-void product_with(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t from, int64_t to) {
-    const int64_t fit = X_BYTES / int64_t(sizeof(float)) / layer.width / T * T, together = fit > T ? fit : T;
-    for (int64_t t = 0; t < y.rows; t += together) {
-        const int64_t end = t + together < y.rows ? t + together : y.rows;
-        int64_t row = from;
-        for (; row + R <= to; row += R) product_strip<C, R, T>(layer, row, x, stride, y, t, end, t == 0);
-        for (; row < to; ++row) product_strip<C, 1, T>(layer, row, x, stride, y, t, end, false);
+        if (y.rows - t < T) return product_of_few<C, R, T - 1>(layer, x, stride, y, from, to, t);
+    constexpr int64_t line = chunk_bytes<C> < 64 ? 64 : chunk_bytes<C>;
+    const int64_t row_bytes = layer.width * value_bytes<C>;
+    const uint8_t* weight = static_cast<const uint8_t*>(layer.weight) + from * row_bytes;
+    F16 totals[T][R], single[T][1];
+    for (; from + R <= to; from += R, weight += R * row_bytes) {
+        const Ahead ahead{weight + AHEAD, R * chunk_bytes<C> / line, line, R * chunk_bytes<C>};
+        product_tile<C, R, T>(weight, row_bytes, layer.width, x + t * stride, stride, ahead, false, totals);
+        product_outputs<C, R, T>(layer, from, totals, y, t);
+    }
+    for (; from < to; ++from, weight += row_bytes) {
+        product_tile<C, 1, T>(weight, row_bytes, layer.width, x + t * stride, stride, {}, false, single);
+        product_outputs<C, 1, T>(layer, from, single, y, t);
     }
 }
 
+// Some columns of R rows of the weight; `next` are those that are read after them, of which each of the first `turns` tiles
+// asks for a share.
+struct Columns {
+    int64_t row, column, columns;
+    const uint8_t* next;
+    int64_t turn, turns;
+};
+
+// Rows t .. end of the batch, T at a time and what is left over fewer at a time. `totals` are those of the columns before.
+template <Codec C, int R, int T>
+void product_block(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t t, int64_t end, Columns part, F16* totals) {
+    const int64_t row_bytes = layer.width * value_bytes<C>;
+    const uint8_t* weight = static_cast<const uint8_t*>(layer.weight) + part.row * row_bytes + part.column * value_bytes<C>;
+    for (; t + T <= end; t += T, totals += T * R, ++part.turn) {
+        Ahead ahead;
+        if (part.turn < part.turns) {
+            const int64_t share = R / part.turns;
+            ahead = {part.next + part.turn * share * row_bytes, share, row_bytes, chunk_bytes<C>};
+        }
+        auto& own = *reinterpret_cast<F16(*)[T][R]>(totals);
+        product_tile<C, R, T>(weight, row_bytes, part.columns, x + t * stride + part.column, stride, ahead, part.column > 0, own);
+        if (part.column + part.columns == layer.width) product_outputs<C, R, T>(layer, part.row, own, y, t);
+    }
+    if constexpr (T > 1)
+        if (t < end) product_block<C, R, T - 1>(layer, x, stride, y, t, end, part, totals);
+}
+
+// Rows t .. end of the batch, R rows of the weight after the other, DEEP columns at a time.
+template <Codec C, int R, int T>
+void product_of_many(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t from, int64_t to, int64_t t, int64_t end) {
+    const int64_t row_bytes = layer.width * value_bytes<C>;
+    int64_t turns = R; // as many tiles as ask for the next rows: with few tiles each asks for several
+    while (turns > 1 && (R % turns || turns > (end - t) / T)) --turns;
+    F16 totals[PASS_ROWS * R];
+    for (; from + R <= to; from += R)
+        for (int64_t column = 0; column < layer.width; column += DEEP) {
+            const int64_t columns = column + DEEP < layer.width ? DEEP : layer.width - column;
+            const bool last = column + columns == layer.width;
+            const uint8_t* next = static_cast<const uint8_t*>(layer.weight) +
+                                  (last ? (from + R) * row_bytes : from * row_bytes + (column + columns) * value_bytes<C>);
+            product_block<C, R, T>(layer, x, stride, y, t, end, {from, column, columns, next, 0, turns}, totals);
+        }
+    if constexpr (R > 1)
+        if (from < to) product_of_many<C, 1, T>(layer, x, stride, y, from, to, t, end);
+}
+
 template <Codec C> void product_of(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t from, int64_t to) {
-    if (y.rows < 4) product_with<C, FEW_R, FEW_T>(layer, x, stride, y, from, to);
-    else if (y.rows <= 24) product_with<C, SOME_R, SOME_T>(layer, x, stride, y, from, to);
-    else product_with<C, MANY_R, MANY_T>(layer, x, stride, y, from, to);
+    if (y.rows < 4)
+        for (int64_t t = 0; t < y.rows; t += FEW_T) product_of_few<C, FEW_R, FEW_T>(layer, x, stride, y, from, to, t);
+    else if (y.rows <= MANY_T) product_of_few<C, MANY_R, MANY_T>(layer, x, stride, y, from, to, 0);
+    else
+        for (int64_t t = 0; t < y.rows; t += PASS_ROWS)
+            product_of_many<C, MANY_R, MANY_T>(layer, x, stride, y, from, to, t, t + PASS_ROWS < y.rows ? t + PASS_ROWS : y.rows);
 }
 
 inline void product(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t from, int64_t to) {
