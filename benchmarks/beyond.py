@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--variants", nargs="+", default=list(CORPUS), choices=list(CORPUS))
     parser.add_argument("--ideas", nargs="+", default=list(IDEAS), choices=list(IDEAS))
+    parser.add_argument("--drops", nargs="+", type=float, default=DROPS, choices=DROPS)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = Rows("beyond", "python benchmarks/beyond.py FOLDER")
     for name in args.variants:
         subject = Subject(name, args.folder, HELD_OUT_TOKENS, CALIBRATION_TOKENS)
-        for idea, drop in tqdm([(idea, drop) for idea in args.ideas for drop in DROPS], desc=name):
+        for idea, drop in tqdm([(idea, drop) for idea in args.ideas for drop in args.drops], desc=name):
             key = {"row": "idea", "variant": name, "idea": idea, "drop": drop, "seed": 0}
             rows.once(key, partial(against_weighted, subject, idea, drop))
 

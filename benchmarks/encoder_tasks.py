@@ -34,26 +34,31 @@ from deltaserve.delta_store.text import tokenizer_of
 SEEDS = (0, 1, 2)
 TEST_TEXTS = 500
 AT_ONCE = 64
+ONE_BIT: dict[str, Value] = {"block": 1, "codec": "sign", "rank": 1, "embedding_codec": "int4", "whole_codec": "int4"}
 SETTINGS: dict[str, tuple[str, dict[str, Value]]] = {
+    "weighted p=0.855 V=1 1 bit, rank 1, all else int4": ("weighted", {"drop": 0.855, **ONE_BIT}),
     "weighted p=0.95 V=1 int2, rank 2": ("weighted", {"drop": 0.95, "block": 1, "codec": "int2", "rank": 2}),
     "weighted p=0.97 V=1 int2, rank 4": ("weighted", {"drop": 0.97, "block": 1, "codec": "int2", "rank": 4}),
     "weighted p=0.98 V=16 int2, rank 4": ("weighted", {"drop": 0.98, "block": 16, "codec": "int2", "rank": 4}),
     "dare p=0.99 V=1 bf16, rank 4": ("dare", {"drop": 0.99, "block": 1, "codec": "bf16", "rank": 4}),
 }
 RATIO, POINTS = 150, 1.0
+TASKS = tuple(reversed(SNIPPETS))
+"""The largest last."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--choose", action="store_true", help="on the calibration split")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = Rows("encoder_tasks", "python benchmarks/encoder_tasks.py FOLDER")
     split, row = ("calibration", "choice") if args.choose else ("test", "setting")
-    tasks = [Task(task, args.folder / task, split) for task in reversed(SNIPPETS)]  # the largest last
+    tasks = [Task(task, args.folder / task, split) for task in args.tasks]
     for task in tasks:
         rows.once({"row": "fine-tune" if split == "test" else "fine-tune on choice", "task": task.name}, task.about)
     for setting in args.settings:
