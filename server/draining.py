@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOLD_SECONDS = 5.0
+
 
 class Draining:
     """Counts the requests that run. ``begin`` is called when the server is told to stop."""
@@ -49,7 +51,11 @@ class DrainingServer(uvicorn.Server):
     """Told to stop, it goes on listening until its requests are finished, so that new ones are told instead of dropped.
 
     When their time is up, the engine stops: streams end with an error event. A second signal ends it at once.
+
+    It also ends some seconds after the engine has: until then whoever asks learns why.
     """
+
+    _ends: float | None = None
 
     def __init__(self, config: uvicorn.Config, app: "FastAPI") -> None:
         super().__init__(config)
@@ -58,6 +64,8 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true ends the server."""
         draining: Draining = self._app.state.draining
+        if self._is_past_use():
+            return True
         if await super().on_tick(counter):
             draining.begin()
         if not draining.is_over and not self.force_exit:
@@ -66,6 +74,12 @@ class DrainingServer(uvicorn.Server):
             log.warning("%d requests did not finish in time", draining.running)
             await asyncio.to_thread(self._app.state.engine.stop)
         return True
+
+    def _is_past_use(self) -> bool:
+        if self._app.state.engine.ended is None:
+            return False
+        self._ends = self._ends or time.monotonic() + TOLD_SECONDS
+        return time.monotonic() >= self._ends
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """The first signal begins to stop, the second does not wait."""

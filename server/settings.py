@@ -77,6 +77,11 @@ class Settings(BaseSettings):
     threads: PositiveInt | None = Field(
         None, description="Threads of the numeric libraries; theirs to choose if not given"
     )
+    tensor_parallel: PositiveInt = Field(
+        1,
+        description="Processes that share the layers of one base between them; each has threads, bank_bytes and "
+        "host_bytes of its own",
+    )
     keys: Literal["auto", "required", "off"] = Field(
         "auto",
         description="API keys: required, off, or asked for once there are any (auto), which also refuses an address "

@@ -1,5 +1,6 @@
 """``deltaserve serve``: load the base and answer over HTTP. Every setting is a flag."""
 
+import os
 import signal
 import socket
 import sys
@@ -48,6 +49,9 @@ def command(**flags: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit(0))  # uvicorn raises it again once all is shut down
         Server(config, app).run(sockets=[listener])
+        if (reason := app.state.engine.ended) is not None:
+            typer.echo(f"Error: {reason}", err=True)
+            os._exit(1)  # a step that waits for a process that is gone would keep this one
 
 
 def flag(name: str) -> Parameter:

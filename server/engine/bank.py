@@ -9,8 +9,8 @@ from typing import Literal
 from deltaserve.delta_store.errors import ArtifactError, DeltaServeError
 from deltaserve.server.engine.reports import Reports, ResidentVariant
 from deltaserve.server.engine.requests import Version
-from deltaserve.server.engine.slots import Loading, Slots, Ticket
-from deltaserve.server.engine.wrapped import Fitted, WrappedModel
+from deltaserve.server.engine.slots import Loading, Places, Slots, Ticket
+from deltaserve.server.engine.wrapped import Fitted
 
 Tier = Literal["resident", "loading", "host", "store"]
 
@@ -21,7 +21,7 @@ class Bank:
     ``model`` has places for ``slots`` and the spare one.
     """
 
-    def __init__(self, model: WrappedModel, slots: int, budget_bytes: int, load: Callable[[Version], Fitted]) -> None:
+    def __init__(self, model: Places, slots: int, budget_bytes: int, load: Callable[[Version], Fitted]) -> None:
         self.reports = Reports()
         self._slots, self._load = Slots(model, slots, budget_bytes, self._report_evicted), load
         self._closed = False

@@ -56,6 +56,8 @@ class EncoderEngine(VariantEngine):
             raise OptionError("An encoder applies deltas beside its weights; use policy auto or mixed")
         if limits.device == "cuda":
             raise OptionError("Encoders run on the CPU; use device cpu or auto")
+        if limits.tensor_parallel > 1:
+            raise OptionError("Encoders run in one process; use tensor_parallel 1")
         _, kernels = choose("cpu", limits.backend)
         checkpoint = open_checkpoint(base)
         self.pooling = pooling_of(checkpoint.folder)

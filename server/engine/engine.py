@@ -7,9 +7,9 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.checkpoint import open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.errors import (
     ContextTooLong,
@@ -20,23 +20,23 @@ from deltaserve.delta_store.errors import (
 )
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.kernels.segments import BASE
-from deltaserve.server.engine import attention, flash, sampler
+from deltaserve.server.engine import sampler
 from deltaserve.server.engine.bank import Bank
+from deltaserve.server.engine.base_model import load_base
 from deltaserve.server.engine.continuous_batching.manager import RESTARTING, Batching
-from deltaserve.server.engine.device import choose
 from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
 from deltaserve.server.engine.norms import can_be_captured
+from deltaserve.server.engine.parallel.team import LedModel, Team, checked
 from deltaserve.server.engine.policy import Policy, check_kind
 from deltaserve.server.engine.reports import EngineState, Reports
 from deltaserve.server.engine.requests import Sampling, Version
-from deltaserve.server.engine.routing import Routing
-from deltaserve.server.engine.slots import SPARE, Ticket
+from deltaserve.server.engine.slots import Ticket
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.swapping import Swapping
-from deltaserve.server.engine.variant_engine import STOP_SECONDS, VariantEngine, checked_kind, load_tokenizer
-from deltaserve.server.engine.wrapped import Fitted, VersionDeltas, WrappedModel
+from deltaserve.server.engine.variant_engine import STOP_SECONDS, VariantEngine, load_tokenizer
+from deltaserve.server.engine.wrapped import Fitted, VersionDeltas
 
 
 class Engine(VariantEngine):
@@ -54,38 +54,35 @@ class Engine(VariantEngine):
         profile_path: ProfilePath | None = None,
         load: Callable[[Version], VersionDeltas] | None = None,
     ) -> None:
-        self.limits = limits = limits or EngineLimits()
+        self.limits = limits = checked(limits or EngineLimits())
         if limits.threads is not None:
             torch.set_num_threads(limits.threads)
         checkpoint = open_checkpoint(base)
-        device, kernels = choose(limits.device, limits.backend, checked_kind(limits.weights))
-        model = _load_model(checkpoint, limits.dtype).to(device)
-        flash_attention = flash.implementation(model)
         self.tokenizer = load_tokenizer(checkpoint)
         self.fingerprint = fingerprint(checkpoint)
+        self._team = Team(checkpoint, self.fingerprint, limits) if limits.tensor_parallel > 1 else None
+        loaded = load_base(checkpoint, limits) if self._team is None else self._team.load_base()
+        model, self._wrapped = loaded.model, loaded.wrapped
         self.context_length = _context(model, limits)
         self.stop_ids = _stop_ids(model, self.tokenizer)
-        slots = limits.bank_slots + SPARE
-        routing = Routing(lambda: kernels.tiles(limits.batch_tokens, slots, limits.max_running + 1))
-        self._wrapped = WrappedModel(model, routing, slots, kernels, tied=checkpoint.tied, kept=limits.weights)
         check_kind(limits.policy, self._wrapped.fixed)
         self.vocab_size = self._wrapped.vocabulary
         self._artifacts = ArtifactLoader(checkpoint, self.fingerprint, profile_path, limits.host_bytes)
-        load = load or self._artifacts
-        self.bank = Bank(
-            self._wrapped, limits.bank_slots, limits.bank_bytes, lambda version: self._wrapped.fit(load(version))
-        )
+        self._load = load or self._artifacts
+        places = self._wrapped if self._team is None else LedModel(self._team, self._wrapped)
+        self.bank = Bank(places, limits.bank_slots, limits.bank_bytes, self._fitted)
         self.policy = self._policy()
         self._batching = Batching(
             model,
-            routing,
+            loaded.routing,
             self.policy,
             backend=self._wrapped.backend,
             cache_tokens=limits.cache_tokens,
             batch_tokens=limits.batch_tokens,
             running=limits.max_running,
-            flash_attention=flash_attention,
-            graphs=flash_attention is not None and can_be_captured(model),
+            flash_attention=loaded.flash_attention,
+            graphs=loaded.flash_attention is not None and can_be_captured(model) and self._team is None,
+            team=self._team,
         )
         self._artifacts.is_disturbing = lambda: bool(self._batching.router.jobs)
 
@@ -103,6 +100,8 @@ class Engine(VariantEngine):
         """Stop generating and loading; what still runs fails with GenerationFailed. Cannot be started again."""
         self._batching.halt(STOP_SECONDS)
         self.bank.close()
+        if self._team is not None:
+            self._team.close()
 
     @property
     def failure(self) -> str | None:
@@ -116,6 +115,10 @@ class Engine(VariantEngine):
         """Why nothing but a restart of the process helps, None if it is not so."""
         failure = self.failure
         return None if failure == RESTARTING else failure
+
+    @property
+    def ended(self) -> str | None:
+        return None if self._team is None else self._team.lost
 
     @property
     def requests(self) -> int:
@@ -156,6 +159,12 @@ class Engine(VariantEngine):
             return self._begin(prompt_ids, None, None, sampling, arrived)
         async with self._holding(version) as ticket:
             return self._begin(prompt_ids, ticket, ticket.future.result().fitted, sampling, arrived)
+
+    def _fitted(self, version: Version) -> Fitted:
+        if self._team is None:
+            return self._wrapped.fit(self._load(version))
+        profile = self._artifacts.profile_path(version)
+        return self._team.load(version, profile, lambda: self._wrapped.fit(self._load(version)))
 
     def _check_whole(self, artifact: Artifact, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._wrapped.check_whole(shapes, artifact.manifest.tied_head)
@@ -218,18 +227,6 @@ class Engine(VariantEngine):
     async def _answer(self, tokens: int) -> None:
         async for _ in await self.submit([0], None, Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)):
             pass
-
-
-def _load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
-    config = model.config.get_text_config()
-    if (feature := attention.unsupported(config)) is not None:
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.folder} ({type(model).__name__}) uses {feature}, which is not supported yet"
-        )
-    return model.eval()
 
 
 def _context(model: PreTrainedModel, limits: EngineLimits) -> int:

@@ -12,6 +12,8 @@ class EngineLimits:
     variants in memory, ``host_bytes`` the artifacts that stay open. ``weights``: those of linear layers are ``plain``,
     in ``dtype``; ``int8`` with a float32 scale a row; or ``packed``, kept twice where that is faster. ``policy`` is
     ``auto``, ``mixed`` or ``swap`` (policy.py). ``device`` is ``auto``, ``cpu`` or ``cuda`` (device.py).
+    ``tensor_parallel``: so many processes share the base (parallel/); each has ``threads``, ``bank_bytes`` and
+    ``host_bytes`` of its own.
     """
 
     device: str = "auto"
@@ -28,3 +30,4 @@ class EngineLimits:
     max_waiting: int = 256
     batch_tokens: int = 512
     threads: int | None = None
+    tensor_parallel: int = 1

@@ -128,7 +128,15 @@ class ArtifactLoader:
         tensor = self._base.read(self._base.held_as(name))
         return tensor.T.contiguous() if name in self._base.architecture.transposed else tensor
 
+    def profile_path(self, version: Version) -> Path | None:
+        """Where the profile is that a version needs, None if it needs none. Raises as a load of it would."""
+        return self._find_profile(self.open(version))
+
     def _profile(self, artifact: Artifact) -> Profile | None:
+        path = self._find_profile(artifact)
+        return None if path is None else _profile_at(path)
+
+    def _find_profile(self, artifact: Artifact) -> Path | None:
         digest = artifact.manifest.profile
         if digest is None:
             return None
@@ -138,7 +146,7 @@ class ArtifactLoader:
                 f"{artifact.path} needs the activation profile {digest}, which is not in the store; upload it first",
                 digest,
             )
-        return _profile_at(path)
+        return path
 
 
 @lru_cache(maxsize=4)

@@ -53,6 +53,7 @@ class Paged:
         tokens: int,
     ) -> None:
         self.cache = cache
+        self.requests = tables, query_lengths, key_lengths, tokens
         self._backend, self._tables, self._tokens = backend, tables, tokens
         self._queries, self._keys = torch.tensor(query_lengths), torch.tensor(key_lengths)
         self._lengths = query_lengths

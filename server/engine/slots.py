@@ -19,13 +19,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Protocol
 
 from deltaserve.delta_store.errors import RequestRefused
 from deltaserve.server.engine.requests import Version
-from deltaserve.server.engine.wrapped import Fitted, WrappedModel
+from deltaserve.server.engine.wrapped import Fitted
 
 SPARE = 1
 """Slots beyond those counted, for a version whose predecessor still runs."""
+
+
+class Places(Protocol):
+    """Where versions go: the model, or those of all processes."""
+
+    def install(self, slot: int, fitted: Fitted) -> None: ...
+    def clear(self, slot: int) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +79,7 @@ class Slots:
     ``evicted`` is told the name of each version that leaves.
     """
 
-    def __init__(self, model: WrappedModel, slots: int, budget_bytes: int, evicted: Callable[[str], None]) -> None:
+    def __init__(self, model: Places, slots: int, budget_bytes: int, evicted: Callable[[str], None]) -> None:
         self._evicted = evicted
         self._model, self._slots, self._budget_bytes = model, slots, budget_bytes
         self._free = list(range(slots + SPARE))

@@ -53,6 +53,11 @@ class VariantEngine(ABC):
         """Why nothing but a restart of the process helps, None if it is not so."""
         return self.failure
 
+    @property
+    def ended(self) -> str | None:
+        """Why the process is to end, since it can do nothing any more; None if it can."""
+        return None
+
     def ready(self) -> bool:
         """Whether requests are taken now."""
         return self.failure is None

@@ -24,6 +24,7 @@ from deltaserve.server.engine.layers import (
     unite,
 )
 from deltaserve.server.engine.norms import DeltaNorm
+from deltaserve.server.engine.parallel.sharding import Sharding
 from deltaserve.server.engine.routing import Routing
 
 
@@ -65,6 +66,8 @@ class WrappedModel:
     Variants are swapped into the body: ``weights`` (``[out, in]``, the model's own memory) and the biases and norms of
     ``vectors``. Embeddings and head stay as they are: their deltas are cheap beside them, and mostly of low rank, so
     that swapping would rewrite the largest matrix of a small model. ``fixed`` says why no variant can be swapped in.
+
+    ``sharding``: the layers are a process's share of the base. Whole deltas are checked, then cut.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class WrappedModel:
         *,
         tied: bool,
         kept: str = "plain",
+        sharding: Sharding | None = None,
     ) -> None:
         self.tied = tied
+        self._sharding = sharding
         self.backend = backend
         self._embedding, self._head = _weight_names(model)
         self._layers: dict[str, tuple[DeltaLayer, str]] = {}
@@ -112,7 +117,10 @@ class WrappedModel:
             if name not in self.weights and isinstance(layer, DeltaLinear | DeltaNorm)
         }
         self.fixed = self._why_fixed(kept)
-        self.shapes = {name: layer.shape_of(parameter) for name, (layer, parameter) in self._layers.items()}
+        self.shapes = {
+            name: self._whole_shape(name, layer.shape_of(parameter))
+            for name, (layer, parameter) in self._layers.items()
+        }
         self.vocabulary = self.shapes[self._embedding][0]
 
     def check_whole(self, shapes: Mapping[str, tuple[int, ...]], tied_head: bool) -> int:
@@ -150,11 +158,14 @@ class WrappedModel:
         with self.backend.one_variant() as lay_out:
             for name, delta in version.deltas:
                 self.check({name: delta.shape})
-                layer = self._layers[name][0]
-                (norms if isinstance(layer, DeltaNorm) else prepared)[name] = layer.prepare(delta, lay_out)
                 shapes[name] = delta.shape
+                share = delta if self._sharding is None else self._sharding.cut(name, delta)
+                if share is None:
+                    continue
+                layer = self._layers[name][0]
+                (norms if isinstance(layer, DeltaNorm) else prepared)[name] = layer.prepare(share, lay_out)
                 if name in self.weights:
-                    overwrites += _changed_values(delta) * self.weights[name].element_size()
+                    overwrites += _changed_values(share) * self.weights[name].element_size()
         vocabulary = self.check_whole(shapes, version.tied_head)
         nbytes = sum(nbytes_of(values) for values in (*prepared.values(), *norms.values()))
         if self.tied and version.tied_head and self._embedding in prepared:
@@ -173,7 +184,12 @@ class WrappedModel:
         for layer, parameter in self._layers.values():
             layer.install(parameter, slot, None)
 
+    def _whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self._sharding is None else self._sharding.whole_shape(name, shape)
+
     def _why_fixed(self, kept: str) -> str | None:
+        if self._sharding is not None:
+            return "they lie on several processes"
         if kept == "int8":
             return "int8 weights cannot hold the sum of base and delta"
         if kept == "packed":

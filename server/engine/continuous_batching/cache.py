@@ -44,6 +44,18 @@ class SaltedCache(api.PagedAttentionCache):
     reader: CpuBackend | None = None
     """Who reads the pages in place; without one, each layer copies the keys of the whole batch together."""
 
+    @classmethod
+    def of(cls, model: Any, config: Any, helper: Any) -> "SaltedCache":
+        """The cache of a model, with the library's configuration of it."""
+        return cls(
+            config=model.config.get_text_config(),
+            continuous_batching_config=config,
+            device=model.device,
+            distributed_helper=helper,
+            dtype=model.dtype,
+            model_supports_logits_to_keep=model._supports_logits_to_keep(),
+        )
+
     def pages_of(self, batch: list[Any]) -> Paged:
         """Where the requests of this batch find their keys."""
         assert self.reader is not None

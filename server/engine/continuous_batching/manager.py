@@ -24,6 +24,8 @@ from deltaserve.server.engine.continuous_batching.router import Router
 from deltaserve.server.engine.continuous_batching.turns import TakingTurns
 from deltaserve.server.engine.jobs import Job
 from deltaserve.server.engine.paging import reader
+from deltaserve.server.engine.parallel.messages import NewCache
+from deltaserve.server.engine.parallel.team import Team
 from deltaserve.server.engine.policy import Policy
 from deltaserve.server.engine.reports import Reports
 from deltaserve.server.engine.routing import Routing
@@ -44,6 +46,7 @@ class Batching(api.ContinuousBatchingManager):
 
     ``flash_attention`` names the library's attention to use in place of ours. ``graphs``: steps in which each request
     decodes become CUDA graphs, one for each power of two of requests; they need flash attention's block tables.
+    ``team``: other processes that compute along.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Batching(api.ContinuousBatchingManager):
         running: int,
         flash_attention: str | None = None,
         graphs: bool = False,
+        team: Team | None = None,
     ) -> None:
         page = PAGE_TOKENS if flash_attention is None else flash.PAGE_TOKENS
         self.pages = -(-cache_tokens // page)
@@ -83,6 +87,9 @@ class Batching(api.ContinuousBatchingManager):
         self._stopping = False
         self._reader = reader(backend, model.device, model.dtype)
         self._taking = threading.Lock()
+        self._team = team
+        if team is not None:
+            team.on_lost = self._refuse
 
     def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = False) -> None:
         model.set_attn_implementation(self._attention)
@@ -158,14 +165,9 @@ class Batching(api.ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> Processor:
         config = self.continuous_batching_config
-        cache = SaltedCache(
-            config=self.model.config.get_text_config(),
-            continuous_batching_config=config,
-            device=self.model.device,
-            distributed_helper=self.distributed_helper,
-            dtype=self.model.dtype,
-            model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
-        )
+        if self._team is not None:
+            self._team.send(NewCache(config))
+        cache = SaltedCache.of(self.model, config, self.distributed_helper)
         cache.reader = self._reader
         update_cb_config_after_cache_creation(config, cache.num_blocks, cache.max_batch_tokens)
         scheduler = TakingTurns if self._policy.kind == "swap" else FIFOScheduler
@@ -199,6 +201,8 @@ class Batching(api.ContinuousBatchingManager):
                 return self._refuse("The engine was stopped")
             steps = self.batch_processor.finished_steps if self.batch_processor is not None else 0
             fruitless = 0 if steps else fruitless + 1
+            if self._team is not None and (lost := self._team.verdict(error)) is not None:
+                return self._refuse(lost)
             try:
                 self._policy.restore()
             except EngineDown as lost:

@@ -15,9 +15,7 @@ def join(rank: int, size: int, meeting: Path, on: device) -> None:
     """Meet the others; all of them are on this machine. ``meeting`` is a file that does not exist yet."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     kind = "nccl" if on.type == "cuda" else "gloo"
-    dist.init_process_group(
-        kind, store=dist.FileStore(str(meeting), size), rank=rank, world_size=size, timeout=PATIENCE
-    )
+    dist.init_process_group(kind, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def add_up(y: Tensor) -> Tensor:

@@ -71,16 +71,6 @@ class Sharding:
             return None if self.rank and self._is_added_once(name) else delta
         return (shards.columns if axis else shards.rows)(delta, *self._bounds(delta.shape[axis]))
 
-    def own(self, device: torch.device) -> torch.device:
-        """This process's device of such a kind. Raises OptionError where there are fewer than processes."""
-        if device.type != "cuda":
-            return device
-        if (there := torch.cuda.device_count()) < self.size:
-            raise OptionError(f"tensor_parallel is {self.size}, but there are {there} GPUs; lower it")
-        own = torch.device("cuda", self.rank)
-        torch.cuda.set_device(own)
-        return own
-
     @torch.no_grad()
     def narrow(self, model: PreTrainedModel, add_up: Callable[[Tensor], Tensor]) -> None:
         """Leave ``model`` its share of each layer, and its configuration the heads that it still has.
