@@ -23,28 +23,35 @@ def implementation(model: PreTrainedModel) -> str | None:
     A kernel is used if its logits over some tokens are those of torch's attention. float32 is no dtype of flash
     attention: it would be rounded.
     """
+    if model.device.type != "cuda":
+        return None
+    name = installed()
+    why = "no flash-attn package is installed" if name is None else unfit(model, name)
+    if why is None:
+        logger.info("Attention by %s, and decoding steps as CUDA graphs", name)
+        return name
+    logger.warning("Attention by torch, request by request, and no CUDA graphs: %s", why)
+    return None
+
+
+def unfit(model: PreTrainedModel, name: str) -> str | None:
+    """Why an installed kernel is not for this model, None if it is."""
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    name = _installed() if model.device.type == "cuda" else None
-    if name is None:
-        return None
     if model.dtype not in DTYPES or width > WIDEST_HEAD or not model._supports_flash_attn:
-        logger.warning("%s is installed, but not for %s with heads of %d", name, model.dtype, width)
-        return None
-    if not _agrees(model, name):
-        logger.warning("%s does not give what torch's attention gives, and is not used", name)
-        return None
-    return name
+        return f"{name} is not for {type(model).__name__} in {model.dtype} with heads of {width}"
+    return _difference(model, name)
 
 
-def _installed() -> str | None:
+def installed() -> str | None:
     if is_flash_attn_3_available():
         return "flash_attention_3"
     return "flash_attention_2" if is_flash_attn_2_available() else None
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel, name: str) -> bool:
+def _difference(model: PreTrainedModel, name: str) -> str | None:
+    """How the logits differ from those of the model's present attention, None if they do not."""
     before = model.config._attn_implementation
     ids = torch.arange(PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
     own = model(ids, use_cache=False).logits.float()
@@ -52,8 +59,8 @@ def _agrees(model: PreTrainedModel, name: str) -> bool:
         model.set_attn_implementation(name)
         difference = model(ids, use_cache=False).logits.float() - own
     except (ImportError, RuntimeError, ValueError) as error:
-        logger.warning("%s is installed and does not run: %s", name, error)
-        return False
+        return f"{name} does not run: {error}"
     finally:
         model.set_attn_implementation(before)
-    return bool(difference.norm() <= TOLERANCE * own.norm())
+    share = float(difference.norm() / own.norm())
+    return None if share <= TOLERANCE else f"logits with {name} differ from torch's by {share:.0%}"  # NaN differs

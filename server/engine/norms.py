@@ -18,14 +18,16 @@ Formula = tuple[float, float]
 class DeltaNorm(nn.Module):
     """A norm of any family: one whose parameters are vectors and whose forward takes one tensor.
 
-    ``tables[parameter]`` ``[1 + slots, n]`` holds the base's vector and, by slot, each variant's own. A norm by the
-    root of the mean square, known by what it computes, is one kernel. Of the others, most only multiply by the weight,
-    so all rows run at once with a vector each; the rest (LayerNorm's fused kernel) run once a variant, or where what
-    belongs to whom is only known on the device, without their vectors (``is_affine``: these come last).
+    ``tables[parameter]`` ``[1 + slots, n]`` holds the vector of rows that are nobody's (the base's, or that of the
+    variant that is swapped in) and, by slot, each variant's own. A norm by the root of the mean square, known by what
+    it computes, is one kernel. Of the others, most only multiply by the weight, so all rows run at once with a vector
+    each. The rest (LayerNorm's fused kernel) run once a variant; or, where only the device knows whose a row is,
+    without their vectors, which come last (``is_affine``).
     """
 
     rows: Rows
     backend: Backend
+    base: dict[str, Tensor]
     tables: dict[str, Tensor]
     formula: Formula | None
     takes_a_vector_each_row: bool
@@ -37,6 +39,7 @@ class DeltaNorm(nn.Module):
         self.formula = _formula(super().forward, self, vectors)
         self.takes_a_vector_each_row = _takes_a_vector_each_row(super().forward, self, vectors)
         self.is_affine = _is_affine(super().forward, self, vectors)
+        self.base = {name: vector.clone() for name, vector in vectors.items()}
         self.tables = {name: vector.repeat(slots + 1, 1) for name, vector in vectors.items()}
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
@@ -46,14 +49,16 @@ class DeltaNorm(nn.Module):
         return reference.unpack(delta)
 
     def install(self, parameter: str, slot: int, prepared: Tensor | None) -> None:
-        base = self.tables[parameter][0]
+        base = self.base[parameter]
         own = base if prepared is None else (base.float() + prepared.to(base.device)).to(base.dtype)
         self.tables[parameter][slot - BASE] = own
 
     @torch.no_grad()
     def alter(self, parameter: str, slot: int) -> None:
         """For all rows: the vector becomes that of the slot's variant, or with ``BASE`` the base's again."""
-        self.get_parameter(parameter).copy_(self.tables[parameter][slot - BASE])
+        table = self.tables[parameter]
+        table[0] = self.base[parameter] if slot == BASE else table[slot - BASE]
+        self.get_parameter(parameter).copy_(table[0])
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self.rows.segments

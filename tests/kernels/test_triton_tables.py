@@ -102,6 +102,19 @@ def test_a_fixed_table_has_a_size_and_slots(rng):
         TRITON.slots([TRITON.prepare(random_delta(rng, ["low_rank"], 16, 16, 4, "int8")[0])], rank=2)
 
 
+def test_a_table_for_few_runs_is_shorter_than_its_rows_and_says_where_each_row_looks_up():
+    tiles = TRITON.tiles(rows=40, slots=2, runs=2)
+    assert len(tiles.table) == 40 // 16 + 2 * 4
+    tiles.assign(Segments.of([13, 13], [0, 1]))
+    assert tiles.table[:8, 1].tolist() == [4, 4, 4, 1, 4, 4, 4, 1]
+    with pytest.raises(ValueError, match="3 runs; this one was made for 2"):
+        tiles.assign(Segments.of([13, 13, 13], [0, 1, 0]))
+    assert tiles.places.tolist() == [1] * 13 + [2] * 13 + [0] * 14
+    assert tiles.rows == {0: slice(0, 13), 1: slice(13, 26)}
+    tiles.assign(Segments.of([2, 1], [BASE, 1]))
+    assert tiles.places.tolist() == [0, 0, 2] + [0] * 37
+
+
 @pytest.mark.parametrize(
     ("offsets", "slots", "message"),
     [
