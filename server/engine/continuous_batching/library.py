@@ -36,6 +36,7 @@ _SIGNATURES: dict[Callable[..., Any], str] = {
     api.ContinuousBatchingManager.add_request: (
         "self input_ids request_id max_new_tokens streaming record_timestamps eos_token_id logit_processor_kwargs"
     ),
+    api.ContinuousBatchingManager._generation_step: "self",
     api.ContinuousBatchingManager._create_batch_processor: "self",
     api.ContinuousBatchingManager._run_generation_loop: "self use_inference_mode",
 }

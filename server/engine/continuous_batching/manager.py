@@ -163,6 +163,14 @@ class Batching(api.ContinuousBatchingManager):
             self._cancelled.append(job.id)
             self._wake_up_loop.set()
 
+    def _generation_step(self) -> None:
+        try:
+            super()._generation_step()
+        except Exception as error:
+            if self._team is not None and (lost := self._team.verdict(error)) is not None:
+                raise GenerationFailed(lost) from error
+            raise
+
     def _create_batch_processor(self) -> Processor:
         config = self.continuous_batching_config
         if self._team is not None:
@@ -201,8 +209,8 @@ class Batching(api.ContinuousBatchingManager):
                 return self._refuse("The engine was stopped")
             steps = self.batch_processor.finished_steps if self.batch_processor is not None else 0
             fruitless = 0 if steps else fruitless + 1
-            if self._team is not None and (lost := self._team.verdict(error)) is not None:
-                return self._refuse(lost)
+            if self._team is not None and self._team.lost is not None:
+                return self._refuse(self._team.lost)
             try:
                 self._policy.restore()
             except EngineDown as lost:
