@@ -17,6 +17,7 @@ from deltaserve.delta_store.compress import compress
 from deltaserve.delta_store.errors import ToleranceMissed
 from deltaserve.delta_store.fine_tune import open_fine_tune
 from deltaserve.delta_store.merge import merge
+from deltaserve.delta_store.pruning.methods import KEPT
 from deltaserve.delta_store.selection.bench import Bench
 from deltaserve.delta_store.selection.delta_size import delta_size
 from deltaserve.delta_store.selection.select import Selection, select
@@ -139,7 +140,8 @@ def test_plain_dare_seeds_and_bytes_are_measured_not_copied(base: Path, fine: Pa
     assert report["seeds"]["8"]["kl_mean"] == pytest.approx(again.kl, rel=1e-4)  # type: ignore[index, call-overload]
     dare = report["dare"]
     drop = float(dare["made_by"].split("drop=")[1].split()[0])  # type: ignore[index, union-attr, call-overload]
-    plain = {"drop": drop, "block": 1, "codec": "bf16", "rank": options["rank"]}  # type: ignore[index, call-overload]
+    kept = {name: options[name] for name in KEPT}  # type: ignore[index, call-overload]
+    plain = {"drop": drop, "block": 1, "codec": "bf16", **kept}
     receipt = compress(base, fine, tmp_path / "dare", method="dare", options=plain)  # type: ignore[arg-type]
     assert dare["bytes"] == pytest.approx(receipt.size_bytes, abs=64)  # type: ignore[index, call-overload]
     assert dare["kl_mean"] == pytest.approx(bench.measure(open_artifact(receipt.path), None, samples).kl, rel=1e-4)  # type: ignore[index, call-overload]
