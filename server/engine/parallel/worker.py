@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
 from deltaserve.delta_store.checkpoint import open_checkpoint
+from deltaserve.delta_store.errors import DeltaServeError
 from deltaserve.server.engine import attention
 from deltaserve.server.engine.base_model import load_base
 from deltaserve.server.engine.continuous_batching.cache import SaltedCache
@@ -103,7 +104,7 @@ class Worker:
 
     def _load(self, message: Load) -> None:
         try:
-            self._profile = message.profile
+            self._loaded, self._profile = None, message.profile
             self._loaded = self._wrapped.fit(self._artifacts(message.version))
             self.answer(Loaded())
         except Exception as error:  # one version's artifact; process 0 says so to whoever asked
@@ -140,7 +141,8 @@ def main() -> None:
     try:
         run(connection)
     except Exception as error:
-        logging.exception("A process of the engine failed")
+        if not isinstance(error, DeltaServeError):
+            logging.exception("A process of the engine failed")
         connection.send(Failed(str(error) or repr(error)))
         os._exit(1)  # the group may wait for others, which are ended now
 

@@ -149,7 +149,7 @@ def test_versions_are_loaded_replaced_and_unloaded_while_requests_run(
     renamed = Variant(replace(successor.version, variant="sparse"), successor.merged)
 
     async def run() -> list[list[int]]:
-        stream = await engine.submit(prompt, sparse.version, greedy(400))
+        stream = await engine.submit(prompt, sparse.version, greedy(200))
         await anext(stream)
         found = await answers(engine, [prompt] * 3, [renamed, low_rank, None])
         assert set(engine.bank.holders) == {one.version.digest for one in (sparse, renamed, low_rank)}
@@ -162,7 +162,7 @@ def test_versions_are_loaded_replaced_and_unloaded_while_requests_run(
         return [*found, old, *again]
 
     wanted = expected(llama.base, [prompt] * 3, [renamed, low_rank, None])
-    wanted.append(alone(sparse.merged, prompt, 400)[1:])
+    wanted.append(alone(sparse.merged, prompt, 200)[1:])
     wanted += expected(llama.base, [prompt] * 2, [low_rank, sparse])
     assert asyncio.run(run()) == wanted
 
