@@ -58,6 +58,7 @@ class ScriptedEngine:
         self.context_length = context_length
         self.fingerprint = "f" * 64
         self.failure: str | None = None
+        self.ended: str | None = None
         self.script: Callable[[Sequence[int], Version | None, Sampling], Script] = lambda *_: Script()
         self.submitted: list[Submitted] = []
         self.refusal: Exception | None = None
