@@ -91,6 +91,9 @@ class BlobStore:
                 raise CorruptArtifact(f"The file of version {digest} is missing from the store; upload it again")
             yield self.path(digest)
 
+    def check(self) -> None:
+        """Raise RegistryUnavailable if nothing can be put here; local folders were made when they were opened."""
+
     def sweep(self, needed: Callable[[], Set[str]]) -> int:
         """Remove the blobs that ``needed`` does not list and nobody holds; returns how many were removed."""
         removed = 0

@@ -68,6 +68,12 @@ class ObjectBlobs(BlobStore):
         with super().adopt(file, digest) as path:
             yield path
 
+    def check(self) -> None:
+        """Put something and remove it: some stores make a bucket only then, and others may forbid it."""
+        with self._translated():
+            obstore.put(self._objects, "check", b"")
+            obstore.delete(self._objects, "check")
+
     def sweep(self, needed: Callable[[], Set[str]]) -> int:
         """As for local blobs, and those in the object store that have been there for a while."""
         removed = super().sweep(needed)

@@ -92,6 +92,8 @@ def create_app(settings: Settings, engine: "Engine | EncoderEngine | None" = Non
     app.state.registry = open_registry(
         settings.registry, settings.folder / "registry.sqlite3", settings.registry_prefix
     )
+    for store in (app.state.blobs, app.state.profiles):
+        store.check()
     app.state.blobs.sweep(app.state.registry.digests)
     app.state.engine = engine or load_engine(settings, app.state.profiles)
     app.state.tokenisers = Tokenisers(app.state.engine.tokenizer)

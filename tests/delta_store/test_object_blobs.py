@@ -117,11 +117,20 @@ def test_a_store_that_does_not_answer_is_named_and_nothing_is_registered(tmp_pat
     begun = time.monotonic()
     with pytest.raises(RegistryUnavailable, match=r"object store s3://tests/gone/blobs failed"):
         put(blobs, b"content")
+    with pytest.raises(RegistryUnavailable):
+        blobs.check()
     with pytest.raises(RegistryUnavailable), blobs.hold("0" * 64):
         pass
     assert time.monotonic() - begun < 20
     assert blobs.digests() == set()
     assert list((tmp_path / "incoming").iterdir()) == []
+
+
+def test_a_check_makes_the_bucket_of_a_fresh_store_and_leaves_nothing_in_it(tmp_path, bucket):
+    blobs = open_blobs(tmp_path, f"s3://{uuid4().hex}", "blobs")
+    blobs.check()
+    assert blobs.sweep(nothing_needed) == 0
+    assert stored(blobs) == set()
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host/path"])
