@@ -39,10 +39,10 @@ def parts(subject: Subject, drop: Drop, seed: Seed = lambda weight, options: 0) 
             found += embedding_parts(subject, change)
             continue
         weight = Weight(change.name, whole.difference(change.read()), change.transposed)
-        options = WEIGHTED.options({"drop": drop(change.name)})
         if weight.matrix.dim() == 1:
-            found.append((change.name, *weight.whole(options)))
+            found.append((change.name, *weight.whole(WEIGHTED.options({}))))
         else:
+            options = WEIGHTED.options({"drop": drop(change.name)})
             options = replace(options, seed=seed(weight, options))
             found += [(change.name, *encoded) for encoded in weighted(weight, options, facts)]
     return found

@@ -1,7 +1,7 @@
 """Four sentiment tasks on one encoder: accuracy after compression: ``python benchmarks/encoder_tasks.py FOLDER``.
 
 FOLDER holds the fine-tunes of all-MiniLM-L6-v2 that deploy/demo/encoder.py makes, by task. Each setting is compressed
-with three seeds; the artifact is read back and classifies 500 random texts of the test split (all, where there are
+with three seeds; the artifact is read back and classifies 1,000 random texts of the test split (all, where there are
 fewer) beside the full fine-tune, in float32. ``--choose`` does the same on the calibration split, which settings are
 chosen on. Writes results/encoder_tasks.jsonl row by row, and a plot; an interrupted run goes on where it stopped.
 """
@@ -35,11 +35,15 @@ from deltaserve.delta_store.quality import full_model, merged_model
 from deltaserve.delta_store.text import tokenizer_of
 
 SEEDS = (0, 1, 2)
-TEST_TEXTS = 500
+TEST_TEXTS = 1000
 AT_ONCE = 64
 ONE_BIT: dict[str, Value] = {"block": 1, "codec": "sign", "rank": 1, "embedding_codec": "int4", "whole_codec": "int4"}
 SETTINGS: dict[str, tuple[str, dict[str, Value]]] = {
     "rank 1 and weighted p=0.885 V=1 1 bit, tasks' profile": ("low-rank-residual", {"drop": 0.885, **ONE_BIT}),
+    "rank 2 and weighted p=0.91 V=1 1 bit, tasks' profile": (
+        "low-rank-residual",
+        {"drop": 0.91, "linear_rank": 2, **ONE_BIT},
+    ),
     "weighted p=0.855 V=1 1 bit, tasks' profile": ("weighted", {"drop": 0.855, **ONE_BIT}),
     "weighted p=0.855 V=1 1 bit": ("weighted", {"drop": 0.855, **ONE_BIT}),
     "weighted p=0.95 V=1 int2, rank 2": ("weighted", {"drop": 0.95, "block": 1, "codec": "int2", "rank": 2}),
