@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[Value, ...]] = {
     "linear_rank": (1, 2, 4),
     "block": BLOCKS,
     "q": (1.0, 1.1, 1.25, 1.5),
+    "seed": (0, 1, 2, 3),
 }
 """What the winner is varied in, in this order; q as a multiple of 1 - p."""
 
@@ -158,7 +159,7 @@ class Search:
                 if moved:
                     self.notes.append(f"Refined by {name}: {self._said(best, steer)}")
         if best is first:
-            self.notes.append("Refined: no neighbour (codec, ranks, block, q) is better")
+            self.notes.append("Refined: no neighbour (codecs, ranks, block, q, seed) is better")
         return best, trials
 
     def _challenge(self, family: Family, best: Trial, slope: float, steer: Goal) -> list[Trial]:

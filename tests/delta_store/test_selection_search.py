@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -210,3 +211,18 @@ def test_a_family_that_never_fits_is_expected_to_cost_more_than_one_that_does() 
 def test_a_tolerance_out_of_range_is_refused(kind: str, value: float, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Tolerance(kind, value)
+
+
+def test_a_lucky_draw_is_chosen_unless_the_seed_is_settled() -> None:
+    class Lucky(Invented):
+        def measure(self, candidate: Candidate, text: str) -> Point:
+            lucky = dict(candidate.settings).get("seed") == 2
+            point = super().measure(candidate, text)
+            return replace(point, kl=0.8 * point.kl) if lucky else point
+
+    def seed(settled: tuple[str, ...]) -> object:
+        search = Lucky(NAMED).search(Tolerance("max_kl", 0.01), settled)
+        return dict(search.run(families(False, None, {}, 1e-3)).trial.candidate.settings)["seed"]
+
+    assert seed(()) == 2
+    assert seed(("seed",)) == 0
