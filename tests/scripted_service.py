@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,19 @@ class Service:
             with state.blobs.adopt(folder / "artifact", digest):
                 state.registry.register(name, Receipt(digest, size, base, None, 0, 0))
         return digest
+
+    def ended(self) -> dict[str, int]:
+        """How many choices have ended in each way, as the metrics count them."""
+        counts: Counter[str] = Counter()
+        for metric in self.app.state.metrics.ended.collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    counts[sample.labels["finished_reason"]] += int(sample.value)
+        return dict(counts)
+
+    def refused(self, code: str) -> int:
+        """How many answers were an error with this code, as the metrics count them."""
+        return int(self.app.state.metrics.refused.labels(code)._value.get())
 
     def wait_until(self, condition: object, seconds: float = 2.0) -> None:
         """Fail if ``condition()`` is not true in time."""

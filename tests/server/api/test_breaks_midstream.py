@@ -45,6 +45,7 @@ def test_e_breaks_midstream(service: Any) -> None:
         ("abcdefgh", None),
     ]
     service.wait_until(lambda: service.engine.live == 0)
+    service.wait_until(lambda: service.ended() == {"error": 1, "stop": 2})
 
 
 def test_e_breaks_midstream_one_error_event_is_the_last(service: Any) -> None:

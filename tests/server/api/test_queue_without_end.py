@@ -32,7 +32,7 @@ def test_f_queue_without_end(service: Any) -> None:
 
     tokens = ids(service.engine.tokenizer, "abcd")
     service.engine.script = lambda *_: Script(tokens, begins=everyone_came)
-    for _ in range(2):
+    for burst in (1, 2):
         service.engine.rejected = 0
         with ThreadPoolExecutor(50) as pool:
             sent = [pool.submit(send, number) for number in range(50)]
@@ -48,6 +48,8 @@ def test_f_queue_without_end(service: Any) -> None:
             error = answer.json()["error"]
             assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, "queue_full")
         service.wait_until(lambda: service.engine.live == 0)
+        service.wait_until(lambda burst=burst: service.ended() == {"stop": 6 * burst})
+        assert service.refused("queue_full") == 44 * burst
 
 
 def test_f_queue_without_end_n_counts_as_n_and_comes_whole_or_not_at_all(service: Any) -> None:
