@@ -18,12 +18,13 @@ from evidence import Row, Rows
 from artifacts import base_folder, deltaserve, write_examples  # isort: skip
 from corpora import load  # isort: skip
 
-EXAMPLES = 300
+EXAMPLES, TASK_EXAMPLES = 300, 90
+"""Of the calibration split. A task's prompts are all read for a few tokens of answer, so there are fewer."""
 SEARCHES = (
     ("scripture", "--max-kl 2%"),
     ("scripture", "--bytes 400000"),
-    ("scripture", "--min-agreement 0.95"),
-    ("sentiment", "--min-score 0.8"),
+    ("scripture", "--min-agreement 0.95 --method weighted"),
+    ("sentiment", "--min-score 0.75 --method weighted"),
 )
 
 
@@ -44,7 +45,7 @@ def main() -> None:
 def search(fine_tuned: Path, tolerance: str, text: str) -> Row:
     """The receipt of one search, and how long it took."""
     with tempfile.TemporaryDirectory() as folder:
-        examples = load(fine_tuned.name)["calibration"][:EXAMPLES]
+        examples = load(fine_tuned.name)["calibration"][: TASK_EXAMPLES if text == "--task" else EXAMPLES]
         calibration = write_examples(examples, Path(folder) / "calibration.jsonl")
         out = Path(folder) / f"{fine_tuned.name}.safetensors"
         start = time.monotonic()
