@@ -39,6 +39,7 @@ DeltaServeError
     ├── RequestRefused         this request can never run here (``param`` names the field)
     ├── ContextTooLong         prompt and answer exceed the context
     ├── QueueFull              try again later
+    │   └── WaitedTooLong      its turn did not come in time
     ├── GenerationFailed       the request started and could not be finished
     └── EngineDown             the generation thread is not running
         └── ShuttingDown       what runs is finished, nothing new is taken
@@ -214,6 +215,13 @@ class ContextTooLong(RequestRefused):
 
 class QueueFull(EngineError):
     """As many requests wait as may; try again later."""
+
+
+class WaitedTooLong(QueueFull):
+    """Neither its variant nor the batch had a place for the request within ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request's turn did not come within {seconds:g} s, and none may wait longer; try later")
 
 
 class GenerationFailed(EngineError):

@@ -73,6 +73,11 @@ class Settings(BaseSettings):
     )
     max_running: PositiveInt = Field(32, description="Most requests in one batch")
     max_waiting: PositiveInt = Field(256, description="Most requests that wait; more are told to try again later")
+    max_wait_seconds: PositiveFloat | None = Field(
+        None,
+        description="Longest time that a request waits for its turn before it is told to try again later; as long as "
+        "it takes if not given",
+    )
     batch_tokens: PositiveInt = Field(512, description="Most tokens in one step; longer prompts are read in pieces")
     threads: PositiveInt | None = Field(
         None, description="Threads of the numeric libraries; theirs to choose if not given"

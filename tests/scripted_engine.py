@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deltaserve.delta_store.errors import ContextTooLong, GenerationFailed, QueueFull
 from deltaserve.server.engine.reports import EngineState, Reports
-from deltaserve.server.engine.requests import Finished, FinishReason, Sampling, Token, Version
+from deltaserve.server.engine.requests import Finished, FinishReason, Sampling, Token, Turn, Version
 from deltaserve.server.engine.stream import Event, Stream, post
 
 WORDS = ("MN", "OPQ", "RS", "T", "U V", "WX")
@@ -95,7 +95,9 @@ class ScriptedEngine:
     def tier(self, digest: str) -> str:
         return "store"
 
-    async def submit(self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling) -> Stream:
+    async def submit(
+        self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling, turn: Turn | None = None
+    ) -> Stream:
         if self.refusal:
             raise self.refusal
         if len(prompt_ids) + sampling.max_tokens > self.context_length:

@@ -68,7 +68,7 @@ class Visits:
 class Visit(AbstractContextManager["Visit"]):
     """One request that was let in. ``headers`` tell its client what is left.
 
-    ``answer`` is set once there is one that is generated; ``encodes`` where there will be vectors or classes instead.
+    ``answer`` is set once there is one that is generated.
     """
 
     def __init__(
@@ -85,7 +85,6 @@ class Visit(AbstractContextManager["Visit"]):
         self.request, self.key, self.model, self.headers = request, key, model, headers
         self.prompt_tokens, self.most_tokens = prompt_tokens, most_tokens
         self.answer: Answer | None = None
-        self.encodes = False
         self.arrived: float = request.state.arrived
         self.ended = 0.0
         self._visits, self._subjects = visits, subjects
@@ -104,10 +103,10 @@ class Visit(AbstractContextManager["Visit"]):
         if used.requests:
             visits.ledger.add(self.key.id if self.key is not None else "", self.model, used)
         self._note(used)
-        if self.answer is not None:
+        if self.answer is None:
+            observe_whole(self, error, visits.metrics)
+        elif not self.answer.refused:
             observe(self, self.answer, visits.metrics)
-        elif self.encodes:
-            observe_encoding(self, error, visits.metrics)
         if visits.tracing is not None:
             visits.tracing.record(self, error)
 
@@ -117,6 +116,8 @@ class Visit(AbstractContextManager["Visit"]):
 
     def used(self, error: BaseException | None) -> Used:
         """Nothing for a request that was refused before it began."""
+        if self.answer is not None and self.answer.refused:
+            return Used(0, 0, 0, 0, 0)
         if self.answer is None:
             fails = isinstance(error, GenerationFailed)
             return Used(int(error is None or fails), int(fails), self.prompt_tokens if error is None else 0, 0, 0)
@@ -154,8 +155,11 @@ def observe(visit: Visit, answer: Answer, metrics: Metrics) -> None:
         _observe_choice(choice, label, metrics)
 
 
-def observe_encoding(visit: Visit, error: BaseException | None, metrics: Metrics) -> None:
-    """Count a request to an encoder that has ended, by its error; one that was refused is no request to the model."""
+def observe_whole(visit: Visit, error: BaseException | None, metrics: Metrics) -> None:
+    """Count a request without choices, to an encoder or given up before there were any, by how it ended.
+
+    One that was refused is no request to the model.
+    """
     if error is None:
         outcome = "stop"
     elif isinstance(error, GenerationFailed):

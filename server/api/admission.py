@@ -12,7 +12,7 @@ from deltaserve.server.api.responses import PromptDetails, Usage
 from deltaserve.server.api.schemas import ChatRequest, CompletionRequest, Generation
 from deltaserve.server.api.served import Served
 from deltaserve.server.engine.grammar import Grammar
-from deltaserve.server.engine.requests import Sampling
+from deltaserve.server.engine.requests import Sampling, Turn
 
 # Dividing logits by less than this overflows float16; the answer is the greedy one long before.
 LEAST_TEMPERATURE = 0.001
@@ -51,6 +51,11 @@ class Answer:
             prompt_tokens_details=PromptDetails(cached_tokens=sum(c.cached_tokens for c in first_of_each_prompt)),
         )
 
+    @property
+    def refused(self) -> bool:
+        """Whether its turn did not come in time."""
+        return any(choice.outcome == "refused" for choice in self.choices)
+
     def cancel(self) -> None:
         """Stop what still runs."""
         for choice in self.choices:
@@ -75,10 +80,11 @@ async def admit(
     vocabulary = engine.vocab_size if served.version is None else max(engine.vocab_size, served.tokeniser.vocabulary)
     check_ids(body, prompts, vocabulary)
     choices: list[Choice] = []
+    turn = Turn()
     try:
         for ids, most in zip(prompts, limits, strict=True):
             for index in range(body.n):
-                stream = await submitted(engine, served, ids, sampling(body, most, index, grammar))
+                stream = await submitted(engine, served, ids, sampling(body, most, index, grammar), turn)
                 choices.append(Choice(stream, served.tokeniser.token_bytes, body.stop, body.continues))
     except BaseException:
         for choice in choices:
@@ -87,12 +93,12 @@ async def admit(
     return Answer(served, prompts, choices)
 
 
-async def submitted(engine: Any, served: Served, ids: Sequence[int], chosen: Sampling) -> TokenStream:
+async def submitted(engine: Any, served: Served, ids: Sequence[int], chosen: Sampling, turn: Turn) -> TokenStream:
     """The engine's stream for one choice."""
     if chosen.max_tokens == 0:
         return NoTokens(len(ids))
     try:
-        stream: TokenStream = await engine.submit(ids, served.version, chosen)
+        stream: TokenStream = await engine.submit(ids, served.version, chosen, turn)
     except ArtifactError as error:
         # Whoever uploaded it was told what was wrong with it; for whoever asks it, the server fails.
         raise GenerationFailed(f"The model {served.name!r} cannot be loaded: {error}") from error

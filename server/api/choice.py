@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deltaserve.delta_store.errors import GenerationFailed
+from deltaserve.delta_store.errors import GenerationFailed, QueueFull
 from deltaserve.server.api.detokenise import Detokeniser, TokenBytes
 from deltaserve.server.api.responses import FinishReason
 from deltaserve.server.api.stop_strings import StopStrings
@@ -42,7 +42,8 @@ class Piece:
 class Choice:
     """One choice as it is generated. ``completion_tokens`` counts the tokens that were taken from the engine.
 
-    ``outcome`` is its finish reason, ``error`` if it failed, and ``abort`` as long as it has not ended otherwise.
+    ``outcome`` is its finish reason, ``error`` if it failed, ``refused`` if its turn did not come in time, and
+    ``abort`` as long as it has not ended otherwise.
     """
 
     def __init__(self, stream: TokenStream, token_bytes: TokenBytes, stops: Sequence[str], continues: bool) -> None:
@@ -53,7 +54,7 @@ class Choice:
         self._waiting: list[tuple[Token, int]] = []
         self._reason: FinishReason | None = None
         self.completion_tokens = 0
-        self.outcome: Literal["stop", "length", "error", "abort"] = "abort"
+        self.outcome: Literal["stop", "length", "error", "refused", "abort"] = "abort"
 
     @property
     def finished(self) -> Finished | None:
@@ -84,8 +85,8 @@ class Choice:
                 token = await anext(self._stream)
             except StopAsyncIteration:
                 return self._last_piece()
-            except Exception:
-                self.outcome = "error"
+            except Exception as error:
+                self.outcome = "refused" if isinstance(error, QueueFull) else "error"
                 raise
             if piece := self._take(token):
                 return piece

@@ -58,7 +58,6 @@ async def _encode(request: Request, body: Asked, ask: Ask[Asked, Outcome], write
     with served.held as holding:
         ids = await run_in_threadpool(_ids, body, served.tokeniser)
         visit = holding.enter_context(await state.visits.enter(request, served.name, sum(map(len, ids))))
-        visit.encodes = True
         try:
             outcome = await ask(body, state.engine, ids, served)
         except ArtifactError as error:

@@ -29,7 +29,7 @@ from deltaserve.server.engine.encoder_pooling import pooling_of
 from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.loading import ArtifactLoader, ProfilePath
 from deltaserve.server.engine.reports import EngineState, Reports
-from deltaserve.server.engine.requests import Version
+from deltaserve.server.engine.requests import Turn, Version
 from deltaserve.server.engine.slots import SPARE, Ticket
 from deltaserve.server.engine.variant_engine import STOP_SECONDS, VariantEngine, checked_kind, load_tokenizer
 
@@ -83,7 +83,7 @@ class EncoderEngine(VariantEngine):
             limits.bank_bytes,
             lambda version: self.model.fit(load(version)),  # type: ignore[arg-type,return-value]
         )
-        self._batches = Batches(self._run, self._check, limits.batch_tokens)
+        self._batches = Batches(self._run, self._check, limits.batch_tokens, limits.max_wait_seconds)
         self._artifacts.is_disturbing = lambda: self._batches.requests > 0
 
     def start(self) -> None:
@@ -140,15 +140,21 @@ class EncoderEngine(VariantEngine):
         self, texts: Sequence[Sequence[int]], version: Version | None, *, classify: bool
     ) -> tuple[Head | None, list[Tensor]]:
         self._check_size(texts)
+        turn = Turn()
         if version is None:
-            return self.model.head, await self._results(texts, None, None, classify)
-        async with self._holding(version) as ticket:
+            return self.model.head, await self._results(texts, None, None, classify, turn)
+        async with self._holding(version, turn) as ticket:
             fitted: Any = ticket.future.result().fitted
-            results = self._results(texts, ticket, fitted, classify)
+            results = self._results(texts, ticket, fitted, classify, turn)
         return fitted.head, await results
 
     def _results(
-        self, texts: Sequence[Sequence[int]], ticket: Ticket | None, fitted: FittedEncoder | None, classify: bool
+        self,
+        texts: Sequence[Sequence[int]],
+        ticket: Ticket | None,
+        fitted: FittedEncoder | None,
+        classify: bool,
+        turn: Turn,
     ) -> "asyncio.Future[list[Tensor]]":
         """Queue the texts. Raises RequestRefused, EngineDown; then the ticket is still the caller's."""
         vocabulary = self.vocab_size if fitted is None else fitted.vocabulary
@@ -165,6 +171,7 @@ class EncoderEngine(VariantEngine):
             slot=ticket.future.result().slot if ticket is not None else BASE,
             fitted=fitted,
             release=(lambda: self.bank.let_go(ticket)) if ticket is not None else (lambda: None),
+            turn=turn,
         )
         self._batches.take(work)
         return asyncio.wrap_future(work.future)

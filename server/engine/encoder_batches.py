@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from deltaserve.delta_store.errors import EngineDown, GenerationFailed
+from deltaserve.delta_store.errors import EngineDown, GenerationFailed, WaitedTooLong
 from deltaserve.server.engine.encoder_model import FittedEncoder
 from deltaserve.server.engine.reports import Reports
+from deltaserve.server.engine.requests import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Work:
     slot: int
     fitted: FittedEncoder | None
     release: Callable[[], None]
+    turn: Turn
     future: "Future[list[Tensor]]" = field(default_factory=Future)
     results: dict[int, Tensor] = field(default_factory=dict)
     taken: int = 0
@@ -60,16 +62,22 @@ class Batches:
     """``run`` gives a tensor for each text of a batch; ``check`` raises where the model does not work at all.
 
     A batch has at most ``limit`` tokens, or one text. Requests take turns: each has a text in the batch before one has
-    two. Where a batch fails, its requests are run one by one, so that each fails for itself. ``failure`` says why
-    nothing is taken any more.
+    two. Where a batch fails, its requests are run one by one, so that each fails for itself. Those of which no text
+    came into a batch within ``max_wait_seconds`` fail with WaitedTooLong. ``failure`` says why nothing is taken any
+    more.
     """
 
     def __init__(
-        self, run: Callable[[Sequence[Text]], Sequence[Tensor]], check: Callable[[], None], limit: int
+        self,
+        run: Callable[[Sequence[Text]], Sequence[Tensor]],
+        check: Callable[[], None],
+        limit: int,
+        max_wait_seconds: float | None,
     ) -> None:
         self.failure: str | None = "The engine is not started"
         self.reports = Reports()
         self._run_batch, self._check, self._limit = run, check, limit
+        self._max_wait_seconds = max_wait_seconds
         self._waiting: deque[Work] = deque()
         self._unfinished: set[Work] = set()
         self._failures = 0
@@ -126,11 +134,17 @@ class Batches:
                 for work in [work for work in self._waiting if work.future.cancelled()]:
                     self._waiting.remove(work)
                     self._close(work)
+                self._fail_late()
                 self._changed.wait_for(lambda: self._waiting or self.failure is not None)
                 if self.failure is not None:
                     return None
                 if batch := self._fill():
                     return sorted(batch, key=lambda text: (text.work.slot, len(text.ids)))
+
+    def _fail_late(self) -> None:
+        if (limit_s := self._max_wait_seconds) is not None:
+            for work in [work for work in self._waiting if work.turn.is_late(limit_s)]:
+                self._fail(work, WaitedTooLong(limit_s))
 
     def _fill(self) -> list[Text]:
         batch: list[Text] = []
@@ -151,6 +165,7 @@ class Batches:
             if not work.taken:
                 self.reports.began(work.variant, sum(map(len, work.texts)), 0)
             work.taken += 1
+            work.turn.began = True
             tokens += len(text.ids)
             batch.append(text)
             if work.taken < len(work.texts):

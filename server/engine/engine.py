@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +30,7 @@ from deltaserve.server.engine.norms import can_be_captured
 from deltaserve.server.engine.parallel.team import LedModel, Team, checked
 from deltaserve.server.engine.policy import Policy, check_kind
 from deltaserve.server.engine.reports import EngineState, Reports
-from deltaserve.server.engine.requests import Sampling, Version
+from deltaserve.server.engine.requests import Sampling, Turn, Version
 from deltaserve.server.engine.slots import Ticket
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.swapping import Swapping
@@ -83,6 +82,7 @@ class Engine(VariantEngine):
             flash_attention=loaded.flash_attention,
             graphs=loaded.flash_attention is not None and can_be_captured(model) and self._team is None,
             team=self._team,
+            max_wait_seconds=limits.max_wait_seconds,
         )
         self._artifacts.is_disturbing = lambda: bool(self._batching.router.jobs)
 
@@ -147,18 +147,21 @@ class Engine(VariantEngine):
             swap_failure=self.policy.failure,
         )
 
-    async def submit(self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling) -> Stream:
+    async def submit(
+        self, prompt_ids: Sequence[int], version: Version | None, sampling: Sampling, turn: Turn | None = None
+    ) -> Stream:
         """Start a request for a variant's version, or for the base, and return its tokens as a stream.
 
-        Waits until the variant is in memory. Before the first token it raises RequestRefused, ContextTooLong,
-        QueueFull, EngineDown, and ArtifactError where the variant cannot be loaded.
+        Waits until the variant is in memory. Requests that are answered together have one ``turn``. Before the first
+        token it raises RequestRefused, ContextTooLong, QueueFull, EngineDown, and ArtifactError where the variant
+        cannot be loaded; the stream raises WaitedTooLong where none of a turn's requests came into a batch in time.
         """
-        arrived = perf_counter()
+        turn = turn or Turn()
         self._check_size(prompt_ids, sampling)
         if version is None:
-            return self._begin(prompt_ids, None, None, sampling, arrived)
-        async with self._holding(version) as ticket:
-            return self._begin(prompt_ids, ticket, ticket.future.result().fitted, sampling, arrived)
+            return self._begin(prompt_ids, None, None, sampling, turn)
+        async with self._holding(version, turn) as ticket:
+            return self._begin(prompt_ids, ticket, ticket.future.result().fitted, sampling, turn)
 
     def _fitted(self, version: Version) -> Fitted:
         if self._team is None:
@@ -197,7 +200,7 @@ class Engine(VariantEngine):
         ticket: Ticket | None,
         fitted: Fitted | None,
         sampling: Sampling,
-        arrived: float,
+        turn: Turn,
     ) -> Stream:
         vocabulary = fitted.vocabulary if fitted is not None else self.vocab_size
         sampler.check_ids("prompt", prompt_ids, vocabulary)
@@ -214,7 +217,7 @@ class Engine(VariantEngine):
             stream=stream,
             release=(lambda: self.bank.let_go(ticket)) if ticket is not None else (lambda: None),
             variant=ticket.version.variant if ticket is not None else "",
-            arrived=arrived,
+            turn=turn,
         )
         self._batching.take(job)
         return stream
@@ -225,7 +228,8 @@ class Engine(VariantEngine):
             await asyncio.gather(*(self._answer(tokens=min(count, self.context_length - 1)) for _ in range(count)))
 
     async def _answer(self, tokens: int) -> None:
-        async for _ in await self.submit([0], None, Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)):
+        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
+        async for _ in await self.submit([0], None, sampling, Turn(began=True)):  # however long it takes
             pass
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from uuid import uuid4
 
-from deltaserve.server.engine.requests import Finished, FinishReason
+from deltaserve.server.engine.requests import Finished, FinishReason, Turn
 from deltaserve.server.engine.sampler import Chooser
 from deltaserve.server.engine.stream import Stream
 from deltaserve.server.engine.wrapped import Fitted
@@ -16,8 +16,8 @@ class Job:
     """``digest`` and ``variant`` (empty for the base), ``slot`` and ``fitted`` (None for the base) are its variant's;
     ``release`` is called once, when it is over.
 
-    ``arrived`` and ``began`` (its first step) are on ``perf_counter``. ``id`` carries the digest, so that whoever knows
-    the id knows whose the request is.
+    ``began``, its first step, is on ``perf_counter``; ``turn`` knows when it came. ``id`` carries the digest, so that
+    whoever knows the id knows whose the request is.
     """
 
     digest: str
@@ -28,7 +28,7 @@ class Job:
     stream: Stream
     release: Callable[[], None]
     variant: str = ""
-    arrived: float = field(default_factory=perf_counter)
+    turn: Turn = field(default_factory=Turn)
     began: float | None = None
     cached_tokens: int = 0
     cancelled: bool = False
@@ -45,5 +45,5 @@ class Job:
         reason: FinishReason = "cancelled" if self.cancelled else "stop" if stopped or self.chooser.ended else "length"
         if self.began is None:
             return Finished(reason, len(self.prompt), count, self.cached_tokens)
-        queued_s, ran_s = self.began - self.arrived, perf_counter() - self.began
+        queued_s, ran_s = self.began - self.turn.arrived, perf_counter() - self.began
         return Finished(reason, len(self.prompt), count, self.cached_tokens, queued_s, ran_s)

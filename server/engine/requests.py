@@ -1,6 +1,7 @@
 """What goes into the engine and what comes out: free of HTTP and of the batching library."""
 
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Literal
 
 from deltaserve.server.engine.grammar import Grammar
@@ -32,6 +33,21 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     grammar: Grammar | None = None
+
+
+@dataclass(slots=True)
+class Turn:
+    """What the requests that are answered together wait for: ``began`` once one of them was in a step.
+
+    ``arrived`` is on ``perf_counter``.
+    """
+
+    arrived: float = field(default_factory=perf_counter)
+    began: bool = False
+
+    def is_late(self, limit_s: float | None) -> bool:
+        """Whether it has waited for longer than it may."""
+        return limit_s is not None and not self.began and perf_counter() - self.arrived > limit_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
-from deltaserve.delta_store.errors import CheckpointError, EngineDown, OptionError, QueueFull, UnsupportedArtifact
+from deltaserve.delta_store.errors import (
+    CheckpointError,
+    EngineDown,
+    OptionError,
+    QueueFull,
+    UnsupportedArtifact,
+    WaitedTooLong,
+)
 from deltaserve.server.engine.bank import Bank, Tier
 from deltaserve.server.engine.limits import EngineLimits
 from deltaserve.server.engine.loading import ArtifactLoader
-from deltaserve.server.engine.requests import Version
+from deltaserve.server.engine.requests import Turn, Version
 from deltaserve.server.engine.slots import Ticket
 
 STOP_SECONDS = 10.0
@@ -86,25 +93,32 @@ class VariantEngine(ABC):
         """Raise UnsupportedArtifact where deltas of these shapes, all told, do not fit."""
 
     @asynccontextmanager
-    async def _holding(self, version: Version) -> AsyncIterator[Ticket]:
+    async def _holding(self, version: Version, turn: Turn) -> AsyncIterator[Ticket]:
         """A ticket whose version is in memory; what the context raises lets it go, else that is for whoever took it.
 
-        Raises ArtifactError where the version cannot be loaded.
+        Raises ArtifactError where the version cannot be loaded, WaitedTooLong where it did not come in time.
         """
         self._entering += 1
-        arrived = perf_counter()
         ticket = self.bank.hold(version)
-        is_cold = not ticket.future.done()
         try:
-            await asyncio.wrap_future(ticket.future)
-            if is_cold:
-                self.bank.reports.waited(version.variant, perf_counter() - arrived)
+            if not ticket.future.done():
+                await self._in_memory(ticket, turn)
             yield ticket
         except BaseException:  # refused, or given up waiting: asyncio's CancelledError is no Exception
             self.bank.let_go(ticket)
             raise
         finally:
             self._entering -= 1
+
+    async def _in_memory(self, ticket: Ticket, turn: Turn) -> None:
+        began, limit_s = perf_counter(), self.limits.max_wait_seconds
+        left_s = None if limit_s is None else turn.arrived + limit_s - began
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(ticket.future), left_s)
+        except TimeoutError:
+            assert limit_s is not None
+            raise WaitedTooLong(limit_s) from None
+        self.bank.reports.waited(ticket.version.variant, perf_counter() - began)
 
     def _check_room(self) -> None:
         """Raise QueueFull, EngineDown."""

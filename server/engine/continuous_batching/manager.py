@@ -62,6 +62,7 @@ class Batching(api.ContinuousBatchingManager):
         flash_attention: str | None = None,
         graphs: bool = False,
         team: Team | None = None,
+        max_wait_seconds: float | None = None,
     ) -> None:
         page = PAGE_TOKENS if flash_attention is None else flash.PAGE_TOKENS
         self.pages = -(-cache_tokens // page)
@@ -87,7 +88,7 @@ class Batching(api.ContinuousBatchingManager):
         self._stopping = False
         self._reader = reader(backend, model.device, model.dtype)
         self._taking = threading.Lock()
-        self._team = team
+        self._team, self._max_wait_seconds = team, max_wait_seconds
         if team is not None:
             team.on_lost = self._refuse
 
@@ -184,6 +185,7 @@ class Batching(api.ContinuousBatchingManager):
             policy=self._policy,
             reports=self.reports,
             cancelled=self._cancelled,
+            max_wait_seconds=self._max_wait_seconds,
             cache=cache,
             config=self.model.config.get_text_config(),
             generation_config=self.generation_config,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.continuous_batching import continuous_api as api
 
-from deltaserve.delta_store.errors import EngineError, GenerationFailed
+from deltaserve.delta_store.errors import EngineError, GenerationFailed, WaitedTooLong
 from deltaserve.server.engine.continuous_batching.router import Router
 from deltaserve.server.engine.continuous_batching.runner import Runner
 from deltaserve.server.engine.jobs import Job
@@ -31,11 +31,13 @@ class Processor(api.ContinuousBatchProcessor):
         policy: Policy,
         reports: Reports,
         cancelled: deque[str],
+        max_wait_seconds: float | None,
         output_router: Router,
         **others: Any,
     ) -> None:
         super().__init__(output_router=output_router, **others)
         self.routing, self.policy, self.cancelled, self.router = routing, policy, cancelled, output_router
+        self.max_wait_seconds = max_wait_seconds
         self.reports, self.displaced = reports, frozenset[str]()
         self.chosen: list[tuple[Job, Token | Exception]] = []
         self.finished_steps, self.moved = 0, 0.0
@@ -45,15 +47,15 @@ class Processor(api.ContinuousBatchProcessor):
         self.model_runner.router = output_router
 
     def prepare_next_batch(self) -> bool:
-        """Drop what was cancelled, then let the library schedule."""
-        gone = [self.cancelled.popleft() for _ in range(len(self.cancelled))]
+        """Drop what was cancelled or waited for too long, then let the library schedule."""
+        gone = self._late() | {self.cancelled.popleft(): None for _ in range(len(self.cancelled))}
         for request_id in gone:
             self.scheduler.set_request_cancellation(request_id)
         if gone:  # the library lets displaced requests in again only when another one finishes
             self.scheduler.block_new_requests = False
         ready = super().prepare_next_batch()
-        for request_id in gone:
-            self.router.close(request_id)
+        for request_id, error in gone.items():
+            self.router.close(request_id, error)
         self._report_displaced()
         if not ready:
             self.policy.idle()
@@ -94,6 +96,13 @@ class Processor(api.ContinuousBatchProcessor):
         self.finished_steps += 1
         self.moved = time.perf_counter()
 
+    def _late(self) -> dict[str, WaitedTooLong | None]:
+        """Requests that must not wait for their first step any longer, and what they are told."""
+        if (limit_s := self.max_wait_seconds) is None:
+            return {}
+        waiting = list(self.router.jobs.values())  # a copy, for other threads add to them
+        return {job.id: WaitedTooLong(limit_s) for job in waiting if job.turn.is_late(limit_s)}
+
     def _padding(self, rows: int, requests: int) -> tuple[int, int]:
         """How many rows of tokens, and of the head, the step has beyond those of requests."""
         io = self.inputs_and_outputs
@@ -103,6 +112,7 @@ class Processor(api.ContinuousBatchProcessor):
         for job in jobs:
             if job.began is None:
                 job.began = self.moved = time.perf_counter()
+                job.turn.began = True
                 self.router.begun += 1
                 self.reports.began(job.variant, len(job.prompt), job.cached_tokens)
 
