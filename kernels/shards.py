@@ -73,12 +73,12 @@ def _rows_of_sparse(part: Sparse, start: int, stop: int, shape: tuple[int, int])
     finer = gcd(block, start, 0 if stop == part.shape[0] else stop)
     finer = 1 if finer == 2 else finer  # kernels have no blocks of two rows
     kept, times = part.values.shape[1], block // finer
-    values = decode(_lines(part.values, first, last)).view(-1, kept, times, finer).transpose(1, 2)
+    floats = decode(_lines(part.values, first, last)).view(-1, kept, times, finer).transpose(1, 2)
     taken = slice(start // finer - first * times, -(-stop // finer) - first * times)
     return Sparse(
         shape,
         part.columns[first:last].repeat_interleave(times, 0)[taken],
-        float_codes(values.reshape(-1, kept, finer)[taken]),
+        float_codes(floats.reshape(-1, kept, finer)[taken]),
         part.factors,
     )
 
