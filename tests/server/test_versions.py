@@ -3,9 +3,12 @@
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
+import httpx
 import pytest
-from redis_servers import redis_server
+from redis_servers import free_port, redis_server, silent_server
 from running_server import Running, artifact, running, wait_until
 
 
@@ -120,6 +123,16 @@ def test_a_name_that_ends_in_an_action_is_refused(server, files):
     put(server, "versions", files[0])
 
 
+@pytest.mark.parametrize("closes", [False, True, None])
+def test_c_silent_registry_a_server_does_not_start_and_says_why(deltaserve, base, tmp_path, closes):
+    absent = nullcontext(f"redis://127.0.0.1:{free_port()}/0")
+    with absent if closes is None else silent_server(closes) as url:
+        status, _, err = deltaserve("serve", base, "--store", tmp_path / "store", "--port", 0, "--registry", url)
+    assert status == 1
+    assert err.startswith(f"Error: The registry {url} does not answer")
+    assert err.count("\n") == 1
+
+
 def test_c_silent_registry_over_http(base, tmp_path, files):
     """While Redis is paused: what is known answers, new names are a 503 in time; then it goes on."""
     with redis_server(tmp_path) as redis, running(base, tmp_path / "store", registry=redis.url) as server:
@@ -127,7 +140,12 @@ def test_c_silent_registry_over_http(base, tmp_path, files):
         assert server.http.get("/ready").json() == {"status": "ready", "registry": "ok"}
         redis.process.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
-        refused = server.http.post("/v1/completions", json={"model": "new", "prompt": [5], "max_tokens": 1})
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url) as other:
+            body = {"model": "new", "prompt": [5], "max_tokens": 1}
+            asking = pool.submit(server.http.post, "/v1/completions", json=body)
+            assert other.get("/health").status_code == 200
+            assert not asking.done(), "the registry was not waited for"
+            refused = asking.result()
         assert time.monotonic() - begun < 5
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "registry_unavailable")
         assert "variants that were served before still are" in refused.json()["error"]["message"]
