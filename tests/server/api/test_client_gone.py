@@ -41,8 +41,9 @@ def wait_and_leave(service: Any, seconds: float = 0.5) -> None:
 
 
 def stands_still(service: Any) -> bool:
-    """Whether every request was cancelled and nothing more is produced."""
+    """Whether every request was cancelled, and counted as that, and nothing more is produced."""
     service.wait_until(lambda: service.engine.live == 0)
+    service.wait_until(lambda: service.ended() == {"abort": len(service.engine.submitted)})
     return all(submitted.reason == "cancelled" for submitted in service.engine.submitted)
 
 
@@ -54,6 +55,11 @@ def test_f_client_gone_streaming(service: Any) -> None:
 def test_f_client_gone_not_streaming(service: Any) -> None:
     wait_and_leave(service)
     assert stands_still(service)
+
+
+def unfinished_tasks() -> int:
+    """Of every event loop in this process."""
+    return sum(type(one) is asyncio.Task and not one.done() for one in gc.get_objects())
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -92,7 +98,7 @@ def test_f_client_gone_stops_reading(service: Any, monkeypatch: pytest.MonkeyPat
 
 def test_f_client_gone_a_hundred_times(service: Any, caplog: Any) -> None:
     service.engine.script = lambda *_: Script([50], endless=True, every_s=0.005)
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    descriptors, tasks = len(list(Path("/proc/self/fd").iterdir())), unfinished_tasks()
     digest = service.register("pirate")
     for _ in range(50):
         read_and_leave(service)
@@ -101,6 +107,7 @@ def test_f_client_gone_a_hundred_times(service: Any, caplog: Any) -> None:
     assert len(service.engine.submitted) == 100
     gc.collect()
     service.wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1)
+    service.wait_until(lambda: unfinished_tasks() <= tasks)
     assert service.app.state.blobs.path(digest).exists()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 

@@ -37,7 +37,8 @@ def test_f_queue_without_end(service: Any) -> None:
         with ThreadPoolExecutor(50) as pool:
             sent = [pool.submit(send, number) for number in range(50)]
             with service.http() as http:
-                assert [http.get(path).status_code for path in ("/health", "/ready", "/v1/models")] == [200] * 3
+                paths = ("/health", "/ready", "/v1/models", "/metrics")
+                assert [http.get(path).status_code for path in paths] == [200] * 4
             answers = [one.result() for one in sent]
         accepted = [answer for answer in answers if answer.status_code == 200]
         refused = [answer for answer in answers if answer.status_code == 429]
