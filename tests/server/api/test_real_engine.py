@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,6 +182,29 @@ def test_f_client_gone(server: Running) -> None:
                     with pytest.raises(httpx.ReadTimeout):
                         http.post("/v1/completions", json=body, timeout=0.02)
             wait_until(lambda: engine.requests == 0, 2)
+    assert set(engine.bank.holders.values()) <= {0}
+    wait_until(lambda: engine.state().cache_used == 0)
+
+
+def test_f_client_gone_while_its_variant_waits_for_a_slot(models: Any, tmp_path: Path) -> None:
+    """It is counted as cancelled, although no batch has seen it."""
+    folder = Path(models["base"].config._name_or_path)
+    body = {"prompt": PROMPT, "max_tokens": 240, "ignore_eos": True, "stream": True}
+    with running(folder, tmp_path / "store", bank_slots=1) as server:
+        for seed, name in enumerate("ab"):
+            file = artifact(folder, tmp_path / name, seed=seed)
+            server.http.put(f"/v1/variants/{name}", content=file.read_bytes()).raise_for_status()
+        engine = server.app.state.engine
+        engine._batching.reports.generated = lambda *_: time.sleep(0.02)  # so that an answer lasts for 5 s
+        with server.http.stream("POST", "/v1/completions", json=body | {"model": "a"}) as answer:
+            lines = answer.iter_lines()
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/v1/completions", json=body | {"model": "b"}, timeout=0.5)
+            wait_until(lambda: engine.bank.waiting == 0)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        ended = server.app.state.metrics.ended
+        counts = {how: int(ended.labels("b", how)._value.get()) for how in ("abort", "error", "stop", "length")}
+        assert counts == {"abort": 1, "error": 0, "stop": 0, "length": 0}
 
 
 def test_f_queue_without_end(server: Running, client: OpenAI) -> None:
