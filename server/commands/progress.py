@@ -2,9 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Bars(Progress):
+    """Bars on stderr, which begin with the first task: without any, rich ends with an empty line all the same."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        super().__init__(*columns, console=Console(stderr=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add_task(self, description: str, *arguments: Any, **more: Any) -> TaskID:
+        self.start()
+        return super().add_task(description, *arguments, **more)
+
+    def stop(self) -> None:
+        if self.tasks:
+            super().stop()
 
 
 @contextmanager
@@ -12,7 +31,7 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
     """Gives a function that is called with a stage's name, how much of it is done, and of how much."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Bars(*columns) as progress:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

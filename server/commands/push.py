@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.server.client import DEFAULT_URL, AsJson, Refusal, Url, answer, connected, variant_path
+from deltaserve.server.commands.progress import Bars
 from deltaserve.server.commands.push_checkpoint import checkpoint_files, follow, search_of
 from deltaserve.server.commands.push_parts import SeveralReplicas, is_large, send_files
 
@@ -66,7 +66,7 @@ def command(
             f"{file} is no folder of a checkpoint, so there is nothing to search; leave the tolerance out"
         )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with connected(url) as client, Progress(*columns, console=Console(stderr=True)) as progress:
+    with connected(url) as client, Bars(*columns) as progress:
         if is_checkpoint:
             ids = send_files(client, progress, checkpoint_files(file, calibration))
             job = answer(client.post("/v1/variants", json={"name": name, "file_ids": ids, **search}))

@@ -77,12 +77,24 @@ def test_what_the_server_refuses_is_said_in_one_line(deltaserve, server, base, t
     assert "aaaaaaaaaaaa" in err
 
 
+def test_a_push_to_no_server_is_one_line(deltaserve, base, tmp_path):
+    file = artifact(base, tmp_path / "v.safetensors")
+    code, out, err = deltaserve("push", file, "--name", "v", "--url", "http://127.0.0.1:9")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "is `deltaserve serve` running there?" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("push", "no-such-file", "--name", "v"), "no-such-file"),
         (("list", "--url", "http://127.0.0.1:9"), "is `deltaserve serve` running there?"),
         (("list", "--url", "nonsense"), "nonsense"),
+        (("remove", "v", "--url", "http://127.0.0.1:9"), "is `deltaserve serve` running there?"),
+        (("bench", "http://127.0.0.1:9"), "is a server there?"),
+        (("inspect", "no-such-file"), "no-such-file"),
+        (("merge", "no-such-folder", "no-such-file", "--output", "merged"), "no-such-f"),
+        (("serve", "x", "--max-wait-seconds", "0"), "DELTASERVE_MAX_WAIT_SECONDS"),
         (("serve",), "DELTASERVE_BASE"),
         (("serve", "no-such-folder", "--port", "0"), "no-such-folder"),
         (("serve", "x", "--port", "many"), "DELTASERVE_PORT"),
@@ -95,6 +107,24 @@ def test_a_users_error_is_one_line_and_status_1(deltaserve, monkeypatch, tmp_pat
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nonsense",), "No such command 'nonsense'"),
+        (("list", "--nonsense"), "No such option: --nonsense"),
+        (("inspect",), "Missing argument"),
+        (("push", "file"), "Missing option '--name'"),
+        (("bench", "http://127.0.0.1:9", "--requests", "0"), "Invalid value for '--requests'"),
+    ],
+)
+def test_a_command_that_is_written_wrong_is_status_2_and_says_where_help_is(deltaserve, arguments, said):
+    code, out, err = deltaserve(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "--help' for help" in err
+    assert "Traceback" not in err
 
 
 def test_a_taken_port_is_said_before_the_base_is_loaded(deltaserve, tmp_path):
