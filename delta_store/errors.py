@@ -218,10 +218,12 @@ class QueueFull(EngineError):
 
 
 class WaitedTooLong(QueueFull):
-    """Neither its variant nor the batch had a place for the request within ``seconds``."""
+    """Neither its variant nor the batch had a place for the request in time."""
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"The request's turn did not come within {seconds:g} s, and none may wait longer; try later")
+    @classmethod
+    def after(cls, seconds: float) -> "WaitedTooLong":
+        """For a request that may have waited for so many seconds and no longer."""
+        return cls(f"The request's turn did not come within {seconds:g} s, and none may wait longer; try later")
 
 
 class GenerationFailed(EngineError):

@@ -59,6 +59,7 @@ TABLE: dict[type[errors.DeltaServeError], tuple[int, str, str | None]] = {
     errors.RequestRefused: (400, INVALID, "invalid_value"),
     errors.ContextTooLong: (400, INVALID, "context_length_exceeded"),
     errors.QueueFull: (429, "rate_limit_error", "queue_full"),
+    errors.WaitedTooLong: (429, "rate_limit_error", "queue_full"),
     errors.GenerationFailed: (500, SERVER, "generation_failed"),
     errors.EngineDown: (503, SERVER, "engine_down"),
     errors.ShuttingDown: (503, SERVER, "shutting_down"),

@@ -144,7 +144,7 @@ class Batches:
     def _fail_late(self) -> None:
         if (limit_s := self._max_wait_seconds) is not None:
             for work in [work for work in self._waiting if work.turn.is_late(limit_s)]:
-                self._fail(work, WaitedTooLong(limit_s))
+                self._fail(work, WaitedTooLong.after(limit_s))
 
     def _fill(self) -> list[Text]:
         batch: list[Text] = []

@@ -117,7 +117,7 @@ class VariantEngine(ABC):
             await asyncio.wait_for(asyncio.wrap_future(ticket.future), left_s)
         except TimeoutError:
             assert limit_s is not None
-            raise WaitedTooLong(limit_s) from None
+            raise WaitedTooLong.after(limit_s) from None
         self.bank.reports.waited(ticket.version.variant, perf_counter() - began)
 
     def _check_room(self) -> None:

@@ -101,7 +101,7 @@ class Processor(api.ContinuousBatchProcessor):
         if (limit_s := self.max_wait_seconds) is None:
             return {}
         waiting = list(self.router.jobs.values())  # a copy, for other threads add to them
-        return {job.id: WaitedTooLong(limit_s) for job in waiting if job.turn.is_late(limit_s)}
+        return {job.id: WaitedTooLong.after(limit_s) for job in waiting if job.turn.is_late(limit_s)}
 
     def _padding(self, rows: int, requests: int) -> tuple[int, int]:
         """How many rows of tokens, and of the head, the step has beyond those of requests."""

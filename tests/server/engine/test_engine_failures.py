@@ -39,7 +39,8 @@ def breaking_forward(engine: Engine, after: int, times: int = 1) -> Iterator[Non
 
 def test_an_exception_in_the_forward_fails_what_runs_and_the_engine_goes_on(engine: Engine) -> None:
     async def main() -> None:
-        with breaking_forward(engine, after=5):
+        await collect(engine, PROMPT, version("a"), greedy(1))  # loaded, so that all three run when it breaks
+        with breaking_forward(engine, after=50):
             streams = [await engine.submit(PROMPT, on, greedy(100)) for on in (None, version("a"), None)]
             for stream in streams:
                 with pytest.raises(GenerationFailed, match="a kernel broke"):
