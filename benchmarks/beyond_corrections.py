@@ -89,7 +89,7 @@ def distilled(subject: Subject, drop: float) -> Row:
         full = full_model(subject.base, subject.fine_tune)
         wanted = [outputs(full, sample) for sample in subject.calibration]
     del full
-    model = full_model(subject.base, replace(subject.fine_tune, tensors=lambda: iter(tensors.items())))
+    model = full_model(subject.base, replace(subject.fine_tune, read=tensors.__getitem__))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in subject.linears)
     parameters = {name: p for name, p in model.named_parameters() if name in subject.linears}

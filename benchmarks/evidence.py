@@ -99,7 +99,7 @@ class Subject:
         self.embeddings = facts_of(self.base.architecture, None).embeddings
         self._kept_embeddings: dict[tuple[int, str], Known] = {}
         self.weights = {name: self.base.read(name).float() for name in self.base.names}
-        self.fine = {name: tensor.float() for name, tensor in self.fine_tune.tensors()}
+        self.fine = {name: self.fine_tune.read(name).float() for name in self.fine_tune.names}
         self.linears = [n for n, t in self.fine.items() if t.dim() == 2 and n not in self.embeddings]
 
     def delta(self, name: str) -> Tensor:

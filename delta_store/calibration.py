@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.errors import BaseMismatch, OptionError
-from deltaserve.delta_store.plain_model import plain_model, variant_config
 from deltaserve.delta_store.profile import Profile, file_name, find_profile, profile_folder, write_profile, write_whole
+from deltaserve.delta_store.running.memory import AUTO, runner_for
+from deltaserve.delta_store.running.weights import of_base
 from deltaserve.delta_store.text import WINDOW_TOKENS, Sample, read_samples, tokenizer_of, windows
 
 Count = Callable[[int, int], None]
@@ -24,15 +27,21 @@ TOPIC_CHARACTERS = 800
 
 
 def profile_for(
-    base: Checkpoint, fingerprint: str, text: Path | None, file: Path | None, progress: Count = lambda done, total: None
+    base: Checkpoint,
+    fingerprint: str,
+    text: Path | None,
+    file: Path | None,
+    progress: Count = lambda done, total: None,
+    memory: str = AUTO,
 ) -> Profile:
     """The base's profile on ``text``, or on prose that every Python has; computed once, then taken from the cache.
 
-    With ``file`` it is taken from there, or written there too if there is no such file. Computing it loads the model.
-    Raises OptionError for a text that cannot be used, or beside a file; BaseMismatch for another base's file.
+    With ``file`` it is taken from there, or written there too if there is no such file. Computing it takes as much of
+    the model as ``memory`` says (``running/``). Raises OptionError for a text that cannot be used, or beside a file;
+    BaseMismatch for another base's file.
     """
     if file is None or not file.exists():
-        profile = _cached(base, fingerprint, text, progress)
+        profile = _cached(base, fingerprint, text, progress, memory)
         if file is not None:
             write_whole(file, (profile_folder() / file_name(profile.digest)).read_bytes())
         return profile
@@ -45,15 +54,13 @@ def profile_for(
     return profile
 
 
-def _cached(base: Checkpoint, fingerprint: str, text: Path | None, progress: Count) -> Profile:
+def _cached(base: Checkpoint, fingerprint: str, text: Path | None, progress: Count, memory: str) -> Profile:
     samples = calibration_samples(base, text, CALIBRATION_TOKENS, base.folder)
     kept = profile_folder() / "profiles" / _hash(fingerprint, samples)
     if kept.is_file() and (profile_folder() / file_name(kept.read_text())).is_file():
         return find_profile(kept.read_text(), profile_folder())
-    vocabulary = base.shape(base.architecture.embedding)[0]
-    config = variant_config(base.architecture, vocabulary, base.tied, torch.float32)
-    model = plain_model(base.architecture, config, ((name, base.read(name)) for name in base.names), torch.float32)
-    rms, vector_of = measure_inputs(model, samples, progress)
+    runner, _ = runner_for(memory, sum(prod(base.shape(name)) for name in base.names))
+    rms, vector_of = measure_inputs(partial(runner.run, of_base(base)), samples, progress)
     source = "built-in text" if text is None else text.name
     profile = write_profile(profile_folder(), fingerprint, rms, vector_of, source)
     write_whole(kept, profile.digest.encode())
@@ -93,18 +100,15 @@ def _hash(fingerprint: str, samples: list[Sample]) -> str:
     return hashlib.sha256(repr((fingerprint, [sample.ids for sample in samples])).encode()).hexdigest()
 
 
-@torch.inference_mode()
 def measure_inputs(
-    model: Any, samples: Sequence[Sample], progress: Count = lambda done, total: None
+    run: Callable[..., Any], samples: Sequence[Sample], progress: Count = lambda done, total: None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``rms`` float64 ``[in]`` by vector name, and the vector's name by parameter name.
 
-    The output head is left out: it is not run, since it costs most and its delta is stored by low rank.
+    ``run`` is a runner's (``running/``), of one model. The output head is left out: it is not run, since it costs most
+    and its delta is stored by low rank.
     """
-    body = model.base_model
-    names = {module: name for name, module in model.named_modules()}
-    linears = {module: names[module] for module in body.modules() if is_linear(module)}
-    leader_of = _shared_inputs(body, linears, samples[0])
+    leader_of = _shared_inputs(run, samples[0])
     squares: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
@@ -114,12 +118,9 @@ def measure_inputs(
             squares[name] = squares.get(name, 0) + flat.square().sum(0).double()
             rows[name] = rows.get(name, 0) + len(flat)
 
-    with watching(linears, add):
-        for done, sample in enumerate(samples):
-            progress(done, len(samples))
-            body(input_ids=torch.tensor([sample.ids], device=model.device), use_cache=False)
+    run(samples, _body_outputs, progress, lambda model: watching(_linears(model), add))
     rms = {name: (total / rows[name]).sqrt().cpu() for name, total in squares.items()}
-    reached = {name: leader_of.get(name, name) for name in linears.values()}
+    reached = {name: leader_of.get(name, name) for name in rms.keys() | leader_of.keys()}
     return rms, {f"{name}.weight": leader for name, leader in reached.items() if leader in rms}
 
 
@@ -130,7 +131,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _shared_inputs(body: Any, linears: Mapping[nn.Module, str], sample: Sample) -> dict[str, str]:
+def _linears(model: Any) -> dict[nn.Module, str]:
+    names = {module: name for name, module in model.named_modules()}
+    return {module: names[module] for module in model.base_model.modules() if is_linear(module)}
+
+
+def _body_outputs(model: Any, sample: Sample) -> None:
+    model.base_model(input_ids=torch.tensor([sample.ids]), use_cache=False)
+
+
+def _shared_inputs(run: Callable[..., Any], sample: Sample) -> dict[str, str]:
     """For each layer the first layer that is given the very same tensor: q for q, k and v."""
     seen: list[tuple[str, Tensor]] = []  # keeps the tensors, so that identity cannot be mistaken
     leader_of: dict[str, str] = {}
@@ -139,8 +149,8 @@ def _shared_inputs(body: Any, linears: Mapping[nn.Module, str], sample: Sample) 
         leader_of[name] = next((first for first, tensor in seen if tensor is inputs), name)
         seen.append((leader_of[name], inputs))
 
-    with watching(linears, look):
-        body(input_ids=torch.tensor([sample.ids[:FIRST_LOOK_TOKENS]], device=body.device), use_cache=False)
+    short = Sample(sample.ids[:FIRST_LOOK_TOKENS])
+    run([short], _body_outputs, inside=lambda model: watching(_linears(model), look))
     return leader_of
 
 

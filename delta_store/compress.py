@@ -1,9 +1,9 @@
 """From a fine-tune to its artifact, tensor by tensor.
 
 Peak memory is about four times the largest tensor in float32 (base, fine-tune, their difference, and what a method
-needs of it) and twice the encoded output; never a whole model. Two things that are only done when they are needed do
-hold models: computing a base's profile for the first time and ``evaluate`` (one model, ``evaluate`` also 4 bytes for
-each scored token and word of the vocabulary), tuning q (two).
+needs of it) and twice the encoded output; never a whole model. Computing a base's profile for the first time and
+``evaluate`` take as much of a model as ``memory`` says (``running/``), ``evaluate`` also 4 bytes for each scored token
+and word of the vocabulary. Tuning q holds two models.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +33,7 @@ from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.delta_store.pruning.whole import Encoded, dense, exact_codec
 from deltaserve.delta_store.quality import EVALUATION_TOKENS, Judge, Quality, check_answers
 from deltaserve.delta_store.report import plain_dare, report, sizes
+from deltaserve.delta_store.running.memory import AUTO, check_memory, runner_for
 from deltaserve.delta_store.selection.candidate import Candidate
 from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
 
@@ -52,6 +53,7 @@ NOTHING_KNOWN: Known = {}
 class Receipt:
     """What was written. ``full_bytes`` is the whole fine-tune in 16 bits; ``profile`` the digest that serving needs.
 
+    ``memory`` says how much of a model was in memory to measure it and why; None where nothing was measured.
     ``tensors_changed`` of ``tensors_total`` differ from the base's. ``q`` are the least and the largest number that
     tuning found to divide survivors by. ``warnings`` are for the user's eyes.
     """
@@ -67,6 +69,7 @@ class Receipt:
     q: tuple[float, float] | None
     warnings: tuple[str, ...]
     quality: Quality | None
+    memory: str | None = None
 
     @property
     def ratio(self) -> float:
@@ -84,6 +87,7 @@ def compress(
     calibration: Path | None = None,
     profile: Path | None = None,
     evaluate: Path | None = None,
+    memory: str = AUTO,
     progress: Progress = lambda stage, done, total: None,
 ) -> Receipt:
     """Write the artifact of ``fine_tuned`` (a checkpoint or a LoRA adapter) against ``base`` to ``out``.
@@ -91,12 +95,13 @@ def compress(
     ``method`` is a key of ``METHODS``, by default ``weighted``, for an adapter ``lora``; ``options`` are those that it
     takes. ``calibration`` is text for the base's profile or for tuning, where the method needs one;
     ``profile`` is a file to take the profile from, or to write it to. ``evaluate`` is text to measure on; its report
-    goes into the artifact. The same input, options and seed give the same file. Raises OptionError and what opening
-    the checkpoints raises; then nothing is written.
+    goes into the artifact; ``memory`` (of ``MEMORY``) is how. The same input, options and seed give the same file.
+    Raises OptionError and what opening the checkpoints raises; then nothing is written.
     """
     chosen = method_for(method, fine_tuned)
     settings = chosen.options(options or {})
     check_output(out)
+    _check_memory(memory, chosen, evaluate)
     _check_text(chosen, settings, calibration, profile)
     base_checkpoint = open_checkpoint(base)
     fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
@@ -108,7 +113,7 @@ def compress(
     weights = None
     if chosen.needs_profile:
         stage = stage_of(progress, "Profile of the base")
-        weights = profile_for(base_checkpoint, base_fingerprint, calibration, profile, stage)
+        weights = profile_for(base_checkpoint, base_fingerprint, calibration, profile, stage, memory)
     facts = facts_of(base_checkpoint.architecture, weights)
     parts = encode_parts(chosen, settings, base_checkpoint, fine_tune, facts, stage_of(progress, "Compress"))
     needed = weights if is_weighted(parts) else None
@@ -118,9 +123,10 @@ def compress(
         with file.draft(parts) as draft:
             stage = stage_of(progress, "Tune")
             parts = divided(parts, chosen.tune(base_checkpoint, fine_tune, draft, tuned_on, settings, stage))
-    quality, written = None, None
+    quality, written, in_memory = None, None, None
     if held_out is not None:
-        judge = Judge(base_checkpoint, fine_tune, held_out, stage_of(progress, "Evaluate"))
+        runner, in_memory = runner_for(memory, fine_tune.parameters)
+        judge = Judge(base_checkpoint, fine_tune, held_out, runner, stage_of(progress, "Evaluate"))
         quality, written = _report(judge, file, parts, facts)
     digest = file.write(out, parts, written)
     return Receipt(
@@ -135,6 +141,7 @@ def compress(
         q=divisors(parts) if chosen.tune else None,
         warnings=warnings,
         quality=quality,
+        memory=in_memory,
     )
 
 
@@ -163,6 +170,12 @@ def check_output(out: Path) -> None:
         raise OptionError(f"{out} is a folder; name the artifact's file")
     if not out.absolute().parent.is_dir():
         raise OptionError(f"The folder {out.absolute().parent} does not exist; make it first")
+
+
+def _check_memory(memory: str, chosen: Method, evaluate: Path | None) -> None:
+    check_memory(memory)
+    if memory != AUTO and evaluate is None and not chosen.needs_profile:
+        raise OptionError(f"The method {chosen.name} runs no model but to evaluate; leave memory out, or give evaluate")
 
 
 def _check_text(chosen: Method, settings: Options, calibration: Path | None, profile: Path | None) -> None:

@@ -33,7 +33,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FineTune:
-    """``changes`` and ``tensors`` (all parameters, by name) start anew at each call and read one tensor at a time.
+    """``changes`` starts anew at each call and reads one tensor at a time; ``read`` gives one of ``names``, its
+    parameters.
 
     ``architecture`` is its own: an encoder's fine-tune may have another head than its base, and other names then.
 
@@ -51,7 +52,8 @@ class FineTune:
     tensor_count: int
     parameters: int
     changes: Callable[[], Iterator[Change]]
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    names: tuple[str, ...]
+    read: Callable[[str], Tensor]
 
 
 def open_fine_tune(path: str | Path, base: Checkpoint) -> FineTune:
@@ -71,7 +73,8 @@ def open_fine_tune(path: str | Path, base: Checkpoint) -> FineTune:
         tensor_count=len(fine.names),
         parameters=sum(prod(fine.shape(name)) for name in fine.names),
         changes=lambda: (_change(delta, base) for delta in deltas(base, fine)),
-        tensors=lambda: ((name, fine.read(name)) for name in fine.names),
+        names=fine.names,
+        read=fine.read,
     )
 
 
@@ -95,7 +98,8 @@ def _of_adapter(folder: Path, adapter: Adapter, base: Checkpoint) -> FineTune:
         tensor_count=len(shapes),
         parameters=sum(map(prod, shapes.values())),
         changes=lambda: _adapter_changes(adapter, base),
-        tensors=lambda: _adapter_tensors(adapter, base, names),
+        names=names,
+        read=_adapter_reader(adapter, base),
     )
 
 
@@ -107,13 +111,15 @@ def _adapter_changes(adapter: Adapter, base: Checkpoint) -> Iterator[Change]:
         yield Change(delta.name, delta.transposed, lambda delta=delta: delta)  # type: ignore[misc]
 
 
-def _adapter_tensors(adapter: Adapter, base: Checkpoint, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+def _adapter_reader(adapter: Adapter, base: Checkpoint) -> Callable[[str], Tensor]:
     whole = {delta.name: delta.raw[1] for delta in adapter.dense}
-    for name in names:
+
+    def read(name: str) -> Tensor:
         if name in adapter.low_rank:
-            yield name, _multiplied(adapter, base, name).fine
-        else:
-            yield name, whole[name] if name in whole else base.read(base.held_as(name))
+            return _multiplied(adapter, base, name).fine
+        return whole[name] if name in whole else base.read(base.held_as(name))
+
+    return read
 
 
 def _multiplied(adapter: Adapter, base: Checkpoint, name: str) -> TensorDelta:

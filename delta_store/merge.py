@@ -92,17 +92,23 @@ def variant_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the variant, by its own names, in ``dtype``, or by default in the fine-tune's own."""
     names = variant_names(base, artifact)
-    wanted = dtype or variant_dtype(base, artifact)
     for done, (name, ours) in enumerate(names.items()):
         progress(done, len(names))
-        if ours in artifact.names:
-            shape = artifact.specs(ours)[0].shape
-            whole = is_whole(base, ours, shape)
-            original = torch.empty(0, *shape[1:]) if whole else base.read(base.held_as(ours))
-            merged = _merged(artifact, ours, original, profile, wanted)
-            yield name, merged if dtype is None else merged.to(dtype)
-        else:
-            yield name, _converted(base.read(base.held_as(ours)), wanted, must=dtype is not None)
+        yield name, variant_tensor(base, artifact, ours, profile, dtype)
+
+
+def variant_tensor(
+    base: Checkpoint, artifact: Artifact, name: str, profile: Profile | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One parameter of the variant, by the base's name for it; ``dtype`` as for ``variant_tensors``."""
+    wanted = dtype or variant_dtype(base, artifact)
+    if name not in artifact.names:
+        return _converted(base.read(base.held_as(name)), wanted, must=dtype is not None)
+    shape = artifact.specs(name)[0].shape
+    whole = is_whole(base, name, shape)
+    original = torch.empty(0, *shape[1:]) if whole else base.read(base.held_as(name))
+    merged = _merged(artifact, name, original, profile, wanted)
+    return merged if dtype is None else merged.to(dtype)
 
 
 def variant_names(base: Checkpoint, artifact: Artifact) -> dict[str, str]:

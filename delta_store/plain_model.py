@@ -20,6 +20,12 @@ def plain_model(
         return _model_class(architecture).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
+def model_without_weights(architecture: Architecture, config: Any) -> Any:
+    """The model in evaluation mode, its parameters on the meta device; buffers are there."""
+    with _parameters_on_meta():
+        return _model_class(architecture)(config).eval()
+
+
 def variant_config(architecture: Architecture, vocabulary: int, tied: bool, dtype: torch.dtype) -> Any:
     """The base's configuration object, with these sizes instead; how the base was once quantised is forgotten."""
     config = deepcopy(architecture.config)
@@ -45,6 +51,21 @@ def _model_class(architecture: Architecture) -> Any:
     import transformers
 
     return getattr(transformers, architecture.name)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters leave the memory as soon as a module has them, before anybody writes into it."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter if parameter is None else nn.Parameter(parameter.to("meta"), False))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """How much of a fine-tune an artifact keeps: its predictions beside those of the full fine-tune, on given text."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import FineTune
-from deltaserve.delta_store.heads import variant_architecture
-from deltaserve.delta_store.merge import variant_tensors, variant_vocabulary
-from deltaserve.delta_store.plain_model import plain_model, variant_config
 from deltaserve.delta_store.profile import Profile
+from deltaserve.delta_store.running.memory import Runner
+from deltaserve.delta_store.running.weights import ModelWeights, of_artifact, of_base, of_fine_tune
 from deltaserve.delta_store.text import Sample
 
 EVALUATION_TOKENS = 4096
@@ -63,8 +61,8 @@ def check_answers(path: Path, samples: Sequence[Sample], fine_tune: FineTune) ->
 class Judge:
     """The full fine-tune's predictions on some text, beside which artifacts are put.
 
-    Takes the memory of one model in float32, and 4 bytes for each scored token and word of the vocabulary. ``progress``
-    counts the samples of each model that is run.
+    Takes what ``runner`` does, and 4 bytes for each scored token and word of the vocabulary. ``progress`` counts for
+    each model that is run.
     """
 
     def __init__(
@@ -72,34 +70,26 @@ class Judge:
         base: Checkpoint,
         fine_tune: FineTune,
         samples: Sequence[Sample],
+        runner: Runner,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self._base, self._samples, self._progress = base, samples, progress
-        with torch.inference_mode():
-            full = full_model(base, fine_tune)
-            self._wanted = [outputs(full, sample) for sample in self._counted()]
-            del full
-            bare = _bare_base(base, fine_tune, samples)
-            self._of_base = None if bare is None else self._compared(bare)
-            del bare
+        self._base, self._samples, self._runner, self._progress = base, samples, runner, progress
+        found = self._runner.run(of_fine_tune(fine_tune), samples, outputs, progress)
+        self._wanted = dict(zip(samples, found, strict=True))
+        predicts = _base_predicts(base, fine_tune, samples)
+        self._of_base = self._compared(of_base(base)) if predicts else None
 
-    @torch.inference_mode()
     def quality(self, artifact: Artifact, profile: Profile | None) -> Quality:
         """What the artifact keeps."""
-        return quality_of(self._compared(merged_model(self._base, artifact, profile)), self._of_base)
+        return quality_of(self._compared(of_artifact(self._base, artifact, profile)), self._of_base)
 
-    def _compared(self, model: Any) -> Tensor:
-        rows = []
-        for sample, wanted in zip(self._counted(), self._wanted, strict=True):
-            given = outputs(model, sample)
-            missing = wanted.shape[1] - given.shape[1]  # tokens that the base lacks: to it they are impossible
-            rows.append(compare(wanted, pad(given, (0, missing), value=-inf), targets(sample)))
-        return torch.cat(rows, 1)
+    def _compared(self, weights: ModelWeights) -> Tensor:
+        return torch.cat(self._runner.run(weights, self._samples, self._beside_wanted, self._progress), 1)
 
-    def _counted(self) -> Iterator[Sample]:
-        for done, sample in enumerate(self._samples):
-            self._progress(done, len(self._samples))
-            yield sample
+    def _beside_wanted(self, model: Any, sample: Sample) -> Tensor:
+        wanted, given = self._wanted[sample], outputs(model, sample)
+        missing = wanted.shape[1] - given.shape[1]  # tokens that the base lacks: to it they are impossible
+        return compare(wanted, pad(given, (0, missing), value=-inf), targets(sample))
 
 
 def quality_of(rows: Tensor, base: Tensor | None) -> Quality:
@@ -128,14 +118,12 @@ def gain_kept(base: float | None, fine_tuned: float, loss: float) -> float | Non
 
 def full_model(base: Checkpoint, fine_tune: FineTune) -> Any:
     """The fine-tune itself, in float32."""
-    return _model(fine_tune.architecture, fine_tune.tensors(), fine_tune.vocabulary, fine_tune.tied)
+    return of_fine_tune(fine_tune).model()
 
 
 def merged_model(base: Checkpoint, artifact: Artifact, profile: Profile | None) -> Any:
     """The base with the artifact's delta in its weights, in float32."""
-    tensors = variant_tensors(base, artifact, profile, torch.float32)
-    architecture = variant_architecture(base.architecture, artifact)
-    return _model(architecture, tensors, variant_vocabulary(base, artifact), artifact.manifest.tied_head)
+    return of_artifact(base, artifact, profile).model()
 
 
 def outputs(model: Any, sample: Sample) -> Tensor:
@@ -184,18 +172,11 @@ def _divergence(wanted: Tensor, given: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - given)).sum(1)
 
 
-def _bare_base(base: Checkpoint, fine_tune: FineTune, samples: Sequence[Sample]) -> Any | None:
-    """None where it cannot predict what the fine-tune does."""
+def _base_predicts(base: Checkpoint, fine_tune: FineTune, samples: Sequence[Sample]) -> bool:
+    """Whether the bare base can predict what the fine-tune does."""
     vocabulary = base.shape(base.architecture.embedding)[0]
     has_tokens = all(token < vocabulary for sample in samples for token in sample.ids)
-    if not has_tokens or base.architecture.name != fine_tune.architecture.name:
-        return None
-    return _model(base.architecture, ((name, base.read(name)) for name in base.names), vocabulary, base.tied)
-
-
-def _model(architecture: Architecture, tensors: Any, vocabulary: int, tied: bool) -> Any:
-    config = variant_config(architecture, vocabulary, tied, torch.float32)
-    return plain_model(architecture, config, tensors, torch.float32)
+    return has_tokens and base.architecture.name == fine_tune.architecture.name
 
 
 def targets(sample: Sample) -> Tensor:

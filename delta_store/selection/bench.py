@@ -1,6 +1,7 @@
-"""The bench: one model in memory, into whose weights one candidate after the other is written and measured."""
+"""The bench: one candidate after the other is run and measured beside the fine-tune."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.fine_tune import FineTune
-from deltaserve.delta_store.merge import variant_tensors
-from deltaserve.delta_store.plain_model import plain_model, variant_config
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.quality import compare, outputs, quality_of, targets
+from deltaserve.delta_store.running.memory import Runner
+from deltaserve.delta_store.running.weights import ModelWeights, of_artifact, of_base, of_fine_tune
+from deltaserve.delta_store.running.whole import Whole
 from deltaserve.delta_store.selection.journal import Point
 from deltaserve.delta_store.text import Sample
 
@@ -20,46 +22,39 @@ from deltaserve.delta_store.text import Sample
 class Bench:
     """Base and fine-tune, of which the latter's predictions on each sample are computed once and kept.
 
-    Takes the memory of one model in float32, and 4 bytes for each scored token and word of the vocabulary. The model is
-    only loaded when something is measured. Each artifact's tensors overwrite all of the last one's, so nothing adds up.
+    Takes what ``runner`` does (by default one model in float32), and 4 bytes for each scored token and word of the
+    vocabulary. Nothing is loaded before something is measured.
     """
 
-    def __init__(self, base: Checkpoint, fine_tune: FineTune) -> None:
+    def __init__(self, base: Checkpoint, fine_tune: FineTune, runner: Runner | None = None) -> None:
         self._base = base
         self._fine_tune = fine_tune
-        self._model: Any = None
+        self._runner = runner or Whole()
         self._wanted: dict[Sample, Tensor] = {}
 
     def measure(self, artifact: Artifact, profile: Profile | None, samples: Sequence[Sample]) -> Point:
         """The variant that an artifact's file makes of the base."""
-        tensors = variant_tensors(self._base, artifact, profile, torch.float32)
-        return self.measure_tensors(tensors, artifact.path.stat().st_size, samples)
+        weights = of_artifact(self._base, artifact, profile)
+        return self._point(weights, artifact.path.stat().st_size, samples)
 
     def measure_tensors(
         self, tensors: Iterable[tuple[str, Tensor]], size_bytes: int, samples: Sequence[Sample]
     ) -> Point:
         """A variant given by all of its parameters, that takes ``size_bytes``."""
-        self._remember(samples)
-        self._load(tensors)
-        return self._point(samples, size_bytes)
+        held = dict(tensors)
+        weights = replace(of_fine_tune(self._fine_tune), names=tuple(held), stored=held.__getitem__)
+        return self._point(weights, size_bytes, samples)
 
     def base(self, samples: Sequence[Sample]) -> Point | None:
         """The bare base; None where the fine-tune has tokens that the base lacks."""
         if self._fine_tune.vocabulary != self._base.shape(self._base.architecture.embedding)[0]:
             return None
-        self._remember(samples)
-        names = self._parameters()
-        self._load((name, self._base.read(self._base.held_as(name))) for name in names)
-        return self._point(samples, 0)
+        return self._point(of_base(self._base), 0, samples)
 
-    @torch.inference_mode()
-    def _point(self, samples: Sequence[Sample], size: int) -> Point:
-        rows, exact, exact_fine_tuned = [], 0, 0
-        for sample in samples:
-            given, wanted, ids = outputs(self._model, sample), self._wanted[sample], targets(sample)
-            rows.append(compare(wanted, given, ids))
-            exact += torch.equal(given.argmax(1), ids)
-            exact_fine_tuned += torch.equal(wanted.argmax(1), ids)
+    def _point(self, weights: ModelWeights, size: int, samples: Sequence[Sample]) -> Point:
+        self._remember(samples)
+        found = self._runner.run(self._in_one_form(weights), samples, self._beside_wanted)
+        rows, exact, exact_fine_tuned = zip(*found, strict=True)
         quality = quality_of(torch.cat(rows, 1), None)
         return Point(
             bytes=size,
@@ -69,36 +64,22 @@ class Bench:
             agreement=quality.top1_agreement,
             loss=quality.loss_artifact,
             loss_fine_tuned=quality.loss_fine_tuned,
-            score=exact / len(samples),
-            score_fine_tuned=exact_fine_tuned / len(samples),
+            score=sum(exact) / len(samples),
+            score_fine_tuned=sum(exact_fine_tuned) / len(samples),
         )
 
-    @torch.inference_mode()
+    def _beside_wanted(self, model: Any, sample: Sample) -> tuple[Tensor, bool, bool]:
+        """What ``compare`` gives, and whether the text is what the model, and the fine-tune, would say."""
+        given, wanted, ids = outputs(model, sample), self._wanted[sample], targets(sample)
+        exact, exact_fine_tuned = (torch.equal(scores.argmax(1), ids) for scores in (given, wanted))
+        return compare(wanted, given, ids), exact, exact_fine_tuned
+
     def _remember(self, samples: Sequence[Sample]) -> None:
         """Have the full fine-tune's predictions of these samples; earlier texts' are kept, of the same samples once."""
         if new := [sample for sample in samples if sample not in self._wanted]:
-            self._load(self._full())
-            self._wanted |= {sample: outputs(self._model, sample) for sample in new}
+            found = self._runner.run(self._in_one_form(of_fine_tune(self._fine_tune)), new, outputs)
+            self._wanted |= dict(zip(new, found, strict=True))
 
-    def _full(self) -> Iterator[tuple[str, Tensor]]:
-        """The fine-tune, with a head of its own where variants have one."""
-        head, embedding = self._base.architecture.head, self._base.architecture.embedding
-        for name, tensor in self._fine_tune.tensors():
-            yield name, tensor
-            if name == embedding and head and self._fine_tune.tied and not self._fine_tune.tied_head:
-                yield head, tensor
-
-    @torch.inference_mode()
-    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        if self._model is None:
-            architecture = self._base.architecture
-            config = variant_config(architecture, self._fine_tune.vocabulary, self._fine_tune.tied_head, torch.float32)
-            self._model = plain_model(architecture, config, tensors, torch.float32)
-            return
-        parameters = self._parameters()
-        for name, tensor in tensors:
-            parameters[name].copy_(tensor)
-
-    def _parameters(self) -> dict[str, Tensor]:
-        """By name, and what a checkpoint may hold beside them."""
-        return dict(self._model.state_dict())
+    def _in_one_form(self, weights: ModelWeights) -> ModelWeights:
+        """The variants' own, with a head of its own where they have one, so that a whole model can stay."""
+        return replace(weights, architecture=self._base.architecture, tied=self._fine_tune.tied_head)

@@ -1,12 +1,12 @@
 """From a fine-tune and a tolerance to the smallest artifact within it.
 
-Beside what compressing takes (about four of the largest tensor), measuring takes one model in float32 and the
-fine-tune's predictions: 4 bytes for each scored token and word of the vocabulary.
+Beside what compressing takes (about four of the largest tensor), measuring takes as much of a model in float32 as
+``memory`` says (``running/``), and 4 bytes for each scored token and word of the vocabulary.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.pruning.methods import KEPT
 from deltaserve.delta_store.pruning.options import Value
 from deltaserve.delta_store.report import least_density, sizes
+from deltaserve.delta_store.running.memory import AUTO, check_memory, runner_for
 from deltaserve.delta_store.selection.approach import approach, best_of
 from deltaserve.delta_store.selection.bench import Bench
 from deltaserve.delta_store.selection.candidate import Candidate, families
@@ -83,6 +84,7 @@ def select(
     plot: Path | None = None,
     draws: bool = True,
     force: bool = False,
+    memory: str = AUTO,
     progress: Progress = lambda stage, done, total: None,
 ) -> Selection:
     """Write the smallest artifact of ``fine_tuned`` within ``tolerance`` to ``out``.
@@ -90,9 +92,10 @@ def select(
     ``method`` and ``options`` narrow the search. The base's activation profile is that of the built-in text, one for
     all fine-tunes, unless ``profile`` is a file. Points that were tried are kept in ``<out>.search.jsonl``; a second
     call with the same input measures none of them again. They are drawn beside it or in ``plot``, unless ``draws`` is
-    false. Raises ToleranceMissed where nothing is within the tolerance
+    false. ``memory`` is one of ``MEMORY``. Raises ToleranceMissed where nothing is within the tolerance
     (then nothing is written; with ``force`` the nearest is), OptionError, and what opening the checkpoints raises.
     """
+    check_memory(memory)
     given = _checked(method, options or {}, fine_tuned, out, plot, tolerance, files)
     base_checkpoint = open_checkpoint(base)
     if base_checkpoint.architecture.head is None:
@@ -107,10 +110,12 @@ def select(
         )
     texts = read_texts(files, base_checkpoint, fine_tune)
     base_fingerprint = fingerprint(base_checkpoint)
-    shared = profile_for(base_checkpoint, base_fingerprint, None, profile, stage_of(progress, "Profile of the base"))
+    stage = stage_of(progress, "Profile of the base")
+    shared = profile_for(base_checkpoint, base_fingerprint, None, profile, stage, memory)
     journal = Journal(_beside(out, ".search.jsonl"), _identity(base_fingerprint, fine_tune, texts, shared))
     resumed = len(journal.points)
     stages = _Stages(progress)
+    runner, in_memory = runner_for(memory, fine_tune.parameters)
     laboratory = Laboratory(
         out,
         base_checkpoint,
@@ -119,7 +124,7 @@ def select(
         shared,
         texts,
         journal,
-        Bench(base_checkpoint, fine_tune),
+        Bench(base_checkpoint, fine_tune, runner),
         stages.step,
     )
     size = delta_size(fine_tune, facts_of(base_checkpoint.architecture, shared).embeddings)
@@ -135,7 +140,7 @@ def select(
     stages.begin("Report")
     receipt, written = _write(laboratory, found, tolerance, files.is_task, warnings)
     return Selection(
-        receipt=receipt,
+        receipt=replace(receipt, memory=in_memory),
         met=found.confirmed,
         chosen=found.trial.candidate.label,
         path=found.notes,

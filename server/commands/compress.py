@@ -86,6 +86,13 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(help="Where a search draws what it tried; by default beside the artifact.")
     ] = None,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="Run models (to measure, and for the activation profile) whole in memory or, with the same figures, "
+            "layers one at a time: auto (default: whole where it takes at most half of the free memory), whole, layers."
+        ),
+    ] = "auto",
     force: Annotated[
         bool, typer.Option(help="Write the nearest artifact where nothing is within the tolerance.")
     ] = False,
@@ -132,6 +139,7 @@ def command(
             profile=profile,
             plot=plot,
             force=force,
+            memory=memory,
         )
         return
     for name, given in (("--task", task), ("--plot", plot), ("--force", force)):
@@ -149,6 +157,7 @@ def command(
             calibration=calibration,
             profile=profile,
             evaluate=evaluate,
+            memory=memory,
             progress=progress,
         )
     _warn(receipt)
@@ -259,3 +268,4 @@ def _lines(receipt: "Receipt") -> Iterator[tuple[str, str]]:
         yield "KL", f"{quality.kl_mean:.5f} mean, {quality.kl_p99:.4f} at the 99th percentile"
         yield "same token", f"{quality.top1_agreement:.1%} of {quality.tokens}"
         yield "loss", f"{base} base, {quality.loss_fine_tuned:.4f} fine-tune, {quality.loss_artifact:.4f} artifact"
+        yield "memory", receipt.memory or "-"

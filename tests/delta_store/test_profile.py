@@ -1,6 +1,8 @@
 """The activation profile: exact bytes, shared vectors, kept once a base, refused where it does not belong."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,17 @@ def test_zeros_still_get_the_smallest_weight() -> None:
     assert encode(torch.tensor([0.0, 1.0])).tolist() == [0, 255]
 
 
+def of(model: Any) -> Callable[..., list[Any]]:
+    """What runs a model that is there."""
+
+    @torch.no_grad()
+    def run(samples: Any, look: Any, progress: Any = None, inside: Any = None) -> list[Any]:
+        with inside(model):
+            return [look(model, sample) for sample in samples]
+
+    return run
+
+
 def test_rms_is_that_of_the_inputs() -> None:
     """Against hooks that add up by hand."""
     model = tiny_llama()
@@ -54,7 +67,7 @@ def test_rms_is_that_of_the_inputs() -> None:
     for name, module in model.named_modules():
         if is_linear(module):
             module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0]))
-    rms, vector_of = measure_inputs(model, samples)
+    rms, vector_of = measure_inputs(of(model), samples)
     # The first forward pass of measure_inputs only looks at which inputs are shared.
     for parameter, vector in vector_of.items():
         inputs = torch.cat(seen[parameter.removesuffix(".weight")][1:])
@@ -62,7 +75,7 @@ def test_rms_is_that_of_the_inputs() -> None:
 
 
 def test_layers_that_read_one_input_share_a_vector() -> None:
-    rms, vector_of = measure_inputs(tiny_llama(), [Sample((1, 2, 3))])
+    rms, vector_of = measure_inputs(of(tiny_llama()), [Sample((1, 2, 3))])
     attention = {vector_of[f"{LAYER}self_attn.{x}_proj.weight"] for x in "qkv"}
     mlp = {vector_of[f"{LAYER}mlp.{x}_proj.weight"] for x in ("gate", "up")}
     assert len(attention) == len(mlp) == 1
@@ -71,8 +84,17 @@ def test_layers_that_read_one_input_share_a_vector() -> None:
 
 
 def test_transposed_linears_are_in_it() -> None:
-    rms, vector_of = measure_inputs(tiny_gpt2(), [Sample((1, 2, 3))])
+    rms, vector_of = measure_inputs(of(tiny_gpt2()), [Sample((1, 2, 3))])
     assert len(rms[vector_of["transformer.h.0.mlp.c_proj.weight"]]) == 128
+
+
+def test_by_layers_it_is_the_same_file(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, digests = open_checkpoint(base), set()
+    for memory in ("whole", "layers"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / memory))
+        digests.add(profile_for(checkpoint, fingerprint(checkpoint), None, None, memory=memory).digest)
+        assert (tmp_path / memory).is_dir()
+    assert len(digests) == 1
 
 
 def test_the_file_is_named_by_its_digest_and_repeats(tmp_path: Path) -> None:
@@ -113,7 +135,7 @@ def test_it_is_computed_once_for_each_text(base: Path, tmp_path: Path, monkeypat
     built_in = profile_for(checkpoint, fingerprint(checkpoint), None, None)
     own = profile_for(checkpoint, fingerprint(checkpoint), text, None)
     assert built_in.digest != own.digest
-    monkeypatch.setattr("deltaserve.delta_store.calibration.plain_model", None)
+    monkeypatch.setattr("deltaserve.delta_store.calibration.measure_inputs", None)
     assert profile_for(checkpoint, fingerprint(checkpoint), text, None).digest == own.digest
     assert profile_for(checkpoint, fingerprint(checkpoint), None, None).digest == built_in.digest
 

@@ -24,6 +24,7 @@ from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import open_fine_tune
 from deltaserve.delta_store.merge import merge
 from deltaserve.delta_store.quality import Judge, Quality
+from deltaserve.delta_store.running.whole import Whole
 from deltaserve.delta_store.text import Sample, read_samples, windows
 
 SAMPLES = [Sample((1, 5, 9, 23, 40, 63, 2, 17), 3), Sample((4, 4, 31, 8))]
@@ -41,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(base: Path, fine: Path, artifact: Path, samples: list[Sample] = SAMPLES) -> Quality:
     checkpoint = open_checkpoint(base)
-    return Judge(checkpoint, open_fine_tune(fine, checkpoint), samples).quality(open_artifact(artifact), None)
+    return Judge(checkpoint, open_fine_tune(fine, checkpoint), samples, Whole()).quality(open_artifact(artifact), None)
 
 
 def scored(folder: Path) -> torch.Tensor:

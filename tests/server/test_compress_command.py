@@ -1,6 +1,7 @@
 """``deltaserve compress``: its options are those of the methods, and reach them."""
 
 import json
+import re
 
 import pytest
 from tiny_models import fine_tuned, save, tiny_llama
@@ -116,3 +117,26 @@ def test_a_search_that_makes_no_sense_is_refused(deltaserve, checkpoints, tmp_pa
     assert (code, out) == (1, "")
     assert message in err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_memory_is_how_quality_is_measured_and_nothing_else(deltaserve, checkpoints, text, tmp_path):
+    """By layers the same figures, and the report says so; without anything to measure it is refused."""
+    flags = ("compress", *checkpoints, "-o", tmp_path / "out", "--method", "dare", "--drop", 0.5)
+    code, _, err = deltaserve(*flags, "--memory", "layers")
+    assert code == 1
+    assert "The method dare runs no model but to evaluate; leave memory out, or give evaluate" in err
+    said = {}
+    for memory in ("whole", "layers", "auto"):
+        code, out, _ = deltaserve(*flags, "--evaluate", text, "--memory", memory)
+        assert code == 0
+        said[memory] = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert said["whole"]["KL"] == said["layers"]["KL"]
+    assert [said[memory]["memory"] for memory in ("whole", "layers")] == ["whole, as asked", "layers, as asked"]
+    assert re.match("whole: .* in float32 is at most half of the .* that are free", said["auto"]["memory"])
+
+
+def test_a_search_measures_by_layers(deltaserve, checkpoints, text, tmp_path):
+    options = ("--max-kl", "50%", "--calibration", text, "--method", "dare", "--memory", "layers", "--json")
+    code, out, _ = deltaserve("compress", *checkpoints, "-o", tmp_path / "out", *options)
+    assert code == 0
+    assert json.loads(out)["memory"] == "layers, as asked"
