@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from deltaserve.delta_store.errors import OptionError
+from deltaserve.kernels.waiting import wait_awake
 from deltaserve.server.bench.goodput import LIMITED
 from deltaserve.server.bench.mix import MIXES
 
@@ -84,6 +85,7 @@ def command(
     if (url is None) == (engine is None):
         raise OptionError("Give either the address of a server or --engine BASE")
     if engine is not None:
+        wait_awake()
         from deltaserve.server.bench.engine_costs import Plan
 
         paths = tuple(map(Path, _names(variants)))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaserve.delta_store.errors import OptionError
+from deltaserve.kernels.waiting import wait_awake
 from deltaserve.server.settings import Settings, load
 
 
@@ -20,6 +21,7 @@ def command(**flags: Any) -> None:
 
     Example: `deltaserve serve ./SmolLM2-135M-Instruct --store ./store --port 8000`
     """
+    wait_awake()
     settings = load(flags)
     import uvicorn
 
