@@ -3,9 +3,11 @@
 import asyncio
 import gc
 import logging
+import resource
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,10 @@ def test_f_client_gone_not_streaming(service: Any) -> None:
     assert stands_still(service)
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def unfinished_tasks() -> int:
     """Of every event loop in this process."""
     return sum(type(one) is asyncio.Task and not one.done() for one in gc.get_objects())
@@ -75,9 +81,9 @@ def test_f_client_gone_while_it_waits(service: Any, stream: bool) -> None:
     assert service.engine.submitted[1].produced == 0
 
 
-def test_f_client_gone_stops_reading(service: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(streaming, "SLOW_READER_SECONDS", 0.5)
-    service.engine.script = lambda *_: Script([50], endless=True, every_s=0.001)  # 100 s, if nobody ends it
+@contextmanager
+def stalled(service: Any) -> Iterator[None]:
+    """A client that asks for an endless answer and reads nothing of it."""
     host, port = service.url.removeprefix("http://").split(":")
     body = httpx.Request("POST", service.url, json=ASK | {"stream": True}).content
     with socket.socket() as connection:
@@ -88,6 +94,13 @@ def test_f_client_gone_stops_reading(service: Any, monkeypatch: pytest.MonkeyPat
         )
         connection.sendall(head.encode() + body)
         service.wait_until(lambda: service.engine.submitted)
+        yield
+
+
+def test_f_client_gone_stops_reading(service: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(streaming, "SLOW_READER_SECONDS", 0.5)
+    service.engine.script = lambda *_: Script([50], endless=True, every_s=0.001)  # 100 s, if nobody ends it
+    with stalled(service):
         service.wait_until(lambda: service.engine.live == 0, 10)
         assert service.engine.submitted[0].reason == "cancelled"
         assert "Dropped a client" in caplog.text
@@ -96,14 +109,31 @@ def test_f_client_gone_stops_reading(service: Any, monkeypatch: pytest.MonkeyPat
             assert http.post(CHAT, json=ASK).status_code == 200
 
 
+def test_f_client_gone_stops_reading_and_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SLOW_READER_SECONDS", 600)
+    engine = ScriptedEngine(context_length=200_000, max_running=2)
+    engine.script = lambda *_: Script([50], endless=True, every_s=0.001)
+    with serving(tmp_path, engine) as service, stalled(service):
+        service.wait_until(lambda: engine.submitted[0].produced > 2000, 60)  # more than any buffer takes
+        for _ in range(3):
+            read_and_leave(service, 200)
+        assert engine.live >= 1
+        assert engine.submitted[0].reason is None  # it is there still, and held nobody up
+
+
 def test_f_client_gone_a_hundred_times(service: Any, caplog: Any) -> None:
     service.engine.script = lambda *_: Script([50], endless=True, every_s=0.005)
     descriptors, tasks = len(list(Path("/proc/self/fd").iterdir())), unfinished_tasks()
     digest = service.register("pirate")
-    for _ in range(50):
-        read_and_leave(service)
-        wait_and_leave(service, 0.03)
+    for half in range(2):
+        for _ in range(25):
+            read_and_leave(service)
+            wait_and_leave(service, 0.03)
+        gc.collect()
+        if half == 0:
+            resident = resident_bytes()
     assert stands_still(service)
+    assert resident_bytes() < resident + 2**24
     assert 90 <= len(service.engine.submitted) <= 100  # some left before a busy server had read them
     gc.collect()
     service.wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def service(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_f_queue_without_end(service: Any) -> None:
-    def send(number: int) -> httpx.Response:
-        with service.http() as http:
+    def send(number: int, one: httpx.Client) -> httpx.Response:
+        with nullcontext(one) if number and burst == 2 else service.http() as http:
             return http.post("/v1/chat/completions", json=ASK | {"stream": number % 2 == 0})
 
     def everyone_came() -> bool:
@@ -32,10 +33,10 @@ def test_f_queue_without_end(service: Any) -> None:
 
     tokens = ids(service.engine.tokenizer, "abcd")
     service.engine.script = lambda *_: Script(tokens, begins=everyone_came)
-    for burst in (1, 2):
+    for burst in (1, 2):  # by fifty clients, then by one client that sends 49
         service.engine.rejected = 0
-        with ThreadPoolExecutor(50) as pool:
-            sent = [pool.submit(send, number) for number in range(50)]
+        with service.http() as one, ThreadPoolExecutor(50) as pool:
+            sent = [pool.submit(send, number, one) for number in range(50)]
             with service.http() as http:
                 paths = ("/health", "/ready", "/v1/models", "/metrics")
                 assert [http.get(path).status_code for path in paths] == [200] * 4
