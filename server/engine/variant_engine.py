@@ -140,4 +140,5 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder} has no tokenizer that can be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.folder} has no tokenizer that can be loaded: {reason}") from error
