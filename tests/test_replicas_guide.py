@@ -41,4 +41,4 @@ def test_what_is_uploaded_to_one_replica_is_served_by_the_other(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["model"] == "reviews"
-    assert answer["usage"]["completion_tokens"] >= 1
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")  # a random model may end at once

@@ -91,7 +91,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def compress(hub: Hub, home: Path, base: str, fine_tuned: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the client reads the hub's address when it is imported."""
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home)} | settings
+    own = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | own | settings
     words = ["compress", base, fine_tuned, "-o", str(home / "out.safetensors"), "--method", "dare", "--json"]
     command = [sys.executable, "-c", "from deltaserve.server.cli import main; main()", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
