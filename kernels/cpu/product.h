@@ -13,16 +13,32 @@ namespace {
 
 constexpr int64_t AHEAD = 32768; // bytes that few rows ask for before they need them; the best of 1 KB to 64 KB on Zen 4 and 5
 constexpr int64_t DEEP = 576;    // columns that more rows share at a time: twice R rows of them fit into the nearest cache
-constexpr int64_t PASS_ROWS = 64; // rows of x that share a pass over some rows of the weight: their part of the L2 cache
+constexpr int64_t PASS_ROWS = 64; // rows of x that share a pass over some rows of the weight, at most: their part of the L2 cache
 
 // Rows of the weight (R) and of the batch (T) whose sums the registers hold, for fewer than 4 rows of the batch and for more.
+// Many: the lanes that a tile of the latter computes at a time; with half of them more rows share what is read. PASS_FLOATS of
+// x share a pass where the L2 cache holds no more.
 #if DELTASERVE_ROWS == 16
 constexpr int FEW_R = 8, FEW_T = 3, MANY_R = 6, MANY_T = 4;
+constexpr int64_t PASS_FLOATS = 1 << 30;
+using Many = F16;
 #elif DELTASERVE_ROWS == 8
-constexpr int FEW_R = 4, FEW_T = 1, MANY_R = 2, MANY_T = 3;
+constexpr int FEW_R = 4, FEW_T = 1, MANY_R = 4, MANY_T = 3;
+constexpr int64_t PASS_FLOATS = 40 << 10;
+using Many = F8;
 #else
 constexpr int FEW_R = 2, FEW_T = 1, MANY_R = 1, MANY_T = 2;
+constexpr int64_t PASS_FLOATS = 1 << 30;
+using Many = F16;
 #endif
+
+template <class F, Codec C> inline F weights(const uint8_t* p) {
+#if DELTASERVE_ROWS == 8
+    if constexpr (F::lanes == 8) return decode_half<C>(p);
+    else
+#endif
+        return decode<C>(p);
+}
 
 template <Codec C> constexpr int64_t value_bytes = chunk_bytes<C> / CHUNK;
 
@@ -33,48 +49,54 @@ struct Ahead {
 };
 
 // totals[T][R] = T rows of x @ R rows of the weight over some columns, lane by lane; `begun`: added to what is there.
-// Never inlined: within a caller GCC does not always keep the totals in registers, and then a tile takes twice as long.
-template <Codec C, int R, int T>
+// F::lanes of the 16 lanes, from `lane`. Never inlined: within a caller GCC does not always keep the totals in registers,
+// and then a tile takes twice as long.
+template <class F, Codec C, int R, int T>
 __attribute__((noinline)) void product_tile(const uint8_t* weight, int64_t row_bytes, int64_t columns, const float* x, int64_t stride,
-                                            Ahead ahead, bool begun, F16 (&totals)[T][R]) {
-    F16 total[T][R];
+                                            Ahead ahead, bool begun, int64_t lane, float (&totals)[T][R][CHUNK]) {
+    F total[T][R];
     UNROLLED for (int t = 0; t < T; ++t)
-        UNROLLED for (int r = 0; r < R; ++r) total[t][r] = begun ? totals[t][r] : zero<F16>();
-    auto step = [&](const F16 (&values)[R], const float* inputs, int t) {
-        const F16 input = load<F16>(inputs);
-        UNROLLED for (int r = 0; r < R; ++r) total[t][r] = fused(values[r], input, total[t][r]);
-    };
+        UNROLLED for (int r = 0; r < R; ++r) total[t][r] = begun ? load<F>(totals[t][r] + lane) : zero<F>();
+    weight += lane * value_bytes<C>;
+    x += lane;
     int64_t k = 0;
-    for (; k + CHUNK <= columns; k += CHUNK, weight += chunk_bytes<C>, ahead.at += ahead.step) {
+    for (; k + CHUNK <= columns; k += CHUNK, weight += chunk_bytes<C>, x += CHUNK, ahead.at += ahead.step) {
         for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.at + i * ahead.stride);
-        F16 values[R];
-        UNROLLED for (int r = 0; r < R; ++r) values[r] = decode<C>(weight + r * row_bytes);
-        UNROLLED for (int t = 0; t < T; ++t) step(values, x + t * stride + k, t);
-    }
-    if (k < columns) { // the last chunk of a row, filled up with zeros
-        F16 values[R];
+        F inputs[T];
+        UNROLLED for (int t = 0; t < T; ++t) inputs[t] = load<F>(x + t * stride);
         UNROLLED for (int r = 0; r < R; ++r) {
-            uint8_t bytes[chunk_bytes<C>] = {};
-            memcpy(bytes, weight + r * row_bytes, (columns - k) * value_bytes<C>);
-            values[r] = decode<C>(bytes);
+            const F value = weights<F, C>(weight + r * row_bytes);
+            UNROLLED for (int t = 0; t < T; ++t) total[t][r] = fused(value, inputs[t], total[t][r]);
         }
-        UNROLLED for (int t = 0; t < T; ++t) {
-            float inputs[CHUNK] = {};
-            memcpy(inputs, x + t * stride + k, (columns - k) * sizeof(float));
-            step(values, inputs, t);
+    }
+    if (const int64_t left = columns - k - lane; left > 0) { // the last chunk of a row, filled up with zeros
+        const int64_t count = left < F::lanes ? left : F::lanes;
+        F inputs[T];
+        for (int t = 0; t < T; ++t) {
+            float values[F::lanes] = {};
+            memcpy(values, x + t * stride, count * sizeof(float));
+            inputs[t] = load<F>(values);
+        }
+        UNROLLED for (int r = 0; r < R; ++r) {
+            uint8_t bytes[F::lanes * value_bytes<C>] = {};
+            memcpy(bytes, weight + r * row_bytes, count * value_bytes<C>);
+            const F value = weights<F, C>(bytes);
+            UNROLLED for (int t = 0; t < T; ++t) total[t][r] = fused(value, inputs[t], total[t][r]);
         }
     }
     UNROLLED for (int t = 0; t < T; ++t)
-        UNROLLED for (int r = 0; r < R; ++r) totals[t][r] = total[t][r];
+        UNROLLED for (int r = 0; r < R; ++r) store(totals[t][r] + lane, total[t][r]);
 }
 
 // y[T rows from `t`, R columns from `row`] = the sums of the lanes with the bias, scaled, rounded once
 template <Codec C, int R, int T>
-void product_outputs(const Layer& layer, int64_t row, const F16 (&totals)[T][R], const Matrix& y, int64_t t) {
+void product_outputs(const Layer& layer, int64_t row, const float (&totals)[T][R][CHUNK], const Matrix& y, int64_t t) {
     with_dtype(y.dtype, [&](auto* type) {
         for (int i = 0; i < T; ++i) {
+            F16 lanes[R];
             float sums[R];
-            sum_lanes<R>(totals[i], sums);
+            UNROLLED for (int r = 0; r < R; ++r) lanes[r] = load<F16>(totals[i][r]);
+            sum_lanes<R>(lanes, sums);
             auto* outputs = row_of<std::remove_pointer_t<decltype(type)>>(y, t + i) + row;
             for (int r = 0; r < R; ++r) {
                 float sum = sums[r];
@@ -94,14 +116,14 @@ void product_of_few(const Layer& layer, const float* x, int64_t stride, const Ma
     constexpr int64_t line = chunk_bytes<C> < 64 ? 64 : chunk_bytes<C>;
     const int64_t row_bytes = layer.width * value_bytes<C>;
     const uint8_t* weight = static_cast<const uint8_t*>(layer.weight) + from * row_bytes;
-    F16 totals[T][R], single[T][1];
+    float totals[T][R][CHUNK], single[T][1][CHUNK];
     for (; from + R <= to; from += R, weight += R * row_bytes) {
         const Ahead ahead{weight + AHEAD, R * chunk_bytes<C> / line, line, R * chunk_bytes<C>};
-        product_tile<C, R, T>(weight, row_bytes, layer.width, x + t * stride, stride, ahead, false, totals);
+        product_tile<F16, C, R, T>(weight, row_bytes, layer.width, x + t * stride, stride, ahead, false, 0, totals);
         product_outputs<C, R, T>(layer, from, totals, y, t);
     }
     for (; from < to; ++from, weight += row_bytes) {
-        product_tile<C, 1, T>(weight, row_bytes, layer.width, x + t * stride, stride, {}, false, single);
+        product_tile<F16, C, 1, T>(weight, row_bytes, layer.width, x + t * stride, stride, {}, false, 0, single);
         product_outputs<C, 1, T>(layer, from, single, y, t);
     }
 }
@@ -116,17 +138,18 @@ struct Columns {
 
 // Rows t .. end of the batch, T at a time and what is left over fewer at a time. `totals` are those of the columns before.
 template <Codec C, int R, int T>
-void product_block(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t t, int64_t end, Columns part, F16* totals) {
+void product_block(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t t, int64_t end, Columns part, float* totals) {
     const int64_t row_bytes = layer.width * value_bytes<C>;
     const uint8_t* weight = static_cast<const uint8_t*>(layer.weight) + part.row * row_bytes + part.column * value_bytes<C>;
-    for (; t + T <= end; t += T, totals += T * R, ++part.turn) {
+    for (; t + T <= end; t += T, totals += T * R * CHUNK, ++part.turn) {
         Ahead ahead;
         if (part.turn < part.turns) {
             const int64_t share = R / part.turns;
             ahead = {part.next + part.turn * share * row_bytes, share, row_bytes, chunk_bytes<C>};
         }
-        auto& own = *reinterpret_cast<F16(*)[T][R]>(totals);
-        product_tile<C, R, T>(weight, row_bytes, part.columns, x + t * stride + part.column, stride, ahead, part.column > 0, own);
+        auto& own = *reinterpret_cast<float(*)[T][R][CHUNK]>(totals);
+        for (int64_t lane = 0; lane < CHUNK; lane += Many::lanes, ahead = {})
+            product_tile<Many, C, R, T>(weight, row_bytes, part.columns, x + t * stride + part.column, stride, ahead, part.column > 0, lane, own);
         if (part.column + part.columns == layer.width) product_outputs<C, R, T>(layer, part.row, own, y, t);
     }
     if constexpr (T > 1)
@@ -139,7 +162,7 @@ void product_of_many(const Layer& layer, const float* x, int64_t stride, const M
     const int64_t row_bytes = layer.width * value_bytes<C>;
     int64_t turns = R; // as many tiles as ask for the next rows: with few tiles each asks for several
     while (turns > 1 && (R % turns || turns > (end - t) / T)) --turns;
-    F16 totals[PASS_ROWS * R];
+    float totals[PASS_ROWS * R * CHUNK];
     for (; from + R <= to; from += R)
         for (int64_t column = 0; column < layer.width; column += DEEP) {
             const int64_t columns = column + DEEP < layer.width ? DEEP : layer.width - column;
@@ -156,9 +179,12 @@ template <Codec C> void product_of(const Layer& layer, const float* x, int64_t s
     if (y.rows < 4)
         for (int64_t t = 0; t < y.rows; t += FEW_T) product_of_few<C, FEW_R, FEW_T>(layer, x, stride, y, from, to, t);
     else if (y.rows <= MANY_T) product_of_few<C, MANY_R, MANY_T>(layer, x, stride, y, from, to, 0);
-    else
-        for (int64_t t = 0; t < y.rows; t += PASS_ROWS)
-            product_of_many<C, MANY_R, MANY_T>(layer, x, stride, y, from, to, t, t + PASS_ROWS < y.rows ? t + PASS_ROWS : y.rows);
+    else {
+        const int64_t fit = PASS_FLOATS / layer.width / MANY_T * MANY_T, most = fit < PASS_ROWS ? fit : PASS_ROWS;
+        const int64_t pass = most > MANY_T ? most : MANY_T;
+        for (int64_t t = 0; t < y.rows; t += pass)
+            product_of_many<C, MANY_R, MANY_T>(layer, x, stride, y, from, to, t, t + pass < y.rows ? t + pass : y.rows);
+    }
 }
 
 inline void product(const Layer& layer, const float* x, int64_t stride, const Matrix& y, int64_t from, int64_t to) {

@@ -117,6 +117,18 @@ template <Codec C> inline F16 decode(const uint8_t* p) {
     }
 }
 
+// eight values of a weight
+template <Codec C> inline F8 decode_half(const uint8_t* p) {
+    if constexpr (C == Codec::bf16) {
+        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+    } else if constexpr (C == Codec::int8) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+    } else {
+        return load<F8>(reinterpret_cast<const float*>(p));
+    }
+}
+
 // Scalar loads for V < 16: gather instructions of AVX2 machines are no faster.
 template <int V, class Column> inline F16 gather(const float* x, const Column* columns) {
     if constexpr (V == 8) {

@@ -108,11 +108,11 @@ template <int V, class Column> inline F16 gather_generic(const float* x, const C
     return load<F16>(lanes);
 }
 
-// 16 values as codes.py packs them, without their scale
-template <Codec C> inline F16 decode_generic(const uint8_t* p) {
-    float r[16];
+// N values as codes.py packs them, without their scale
+template <Codec C, int N = 16> inline Floats<N> decode_generic(const uint8_t* p) {
+    float r[N];
     if constexpr (C == Codec::float32) memcpy(r, p, sizeof r);
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < N; ++i) {
         if constexpr (C == Codec::bf16) {
             uint32_t bits = uint32_t(p[2 * i]) << 16 | uint32_t(p[2 * i + 1]) << 24;
             memcpy(&r[i], &bits, 4);
@@ -122,7 +122,7 @@ template <Codec C> inline F16 decode_generic(const uint8_t* p) {
         if constexpr (C == Codec::int2) r[i] = (p[i / 4] >> (i % 4 * 2) & 3) - 1.5f;
         if constexpr (C == Codec::sign) r[i] = (p[i / 8] >> (i % 8) & 1) * 2 - 1;
     }
-    return load<F16>(r);
+    return load<Floats<N>>(r);
 }
 
 #if DELTASERVE_NATIVE == 4
@@ -130,6 +130,7 @@ template <int V, class Column> inline F16 gather(const float* x, const Column* c
     return gather_generic<V>(x, columns);
 }
 template <Codec C> inline F16 decode(const uint8_t* p) { return decode_generic<C>(p); }
+template <Codec C> inline F8 decode_half(const uint8_t* p) { return decode_generic<C, 8>(p); }
 #endif
 
 } // namespace
