@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from beyond_parts import WEIGHTED, parts
@@ -14,7 +14,9 @@ from deltaserve.delta_store.compress import facts_of
 from deltaserve.delta_store.merge import variant_tensors
 from deltaserve.delta_store.pruning.layer_inputs import look_at_inputs
 from deltaserve.delta_store.pruning.weights import Weight
-from deltaserve.delta_store.quality import full_model, outputs
+from deltaserve.delta_store.quality import outputs
+from deltaserve.delta_store.running.weights import of_fine_tune
+from deltaserve.delta_store.running.whole import Whole
 
 STEPS, RATE = 16, 0.02
 """Of the distillation of scales."""
@@ -71,9 +73,8 @@ def mean_inputs(subject: Subject) -> dict[str, Tensor]:
     """``[in]`` by weight, on calibration text."""
     sums: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        full = full_model(subject.base, subject.fine_tune)
         look_at_inputs(
-            full,
+            partial(Whole().run, of_fine_tune(subject.fine_tune)),
             subject.base,
             subject.linears,
             subject.calibration,
@@ -86,10 +87,8 @@ def distilled(subject: Subject, drop: float) -> Row:
     """One factor a weight (it goes into scales that are there), trained on the KL to the full fine-tune."""
     tensors, _ = plain(subject, drop)
     with torch.inference_mode():
-        full = full_model(subject.base, subject.fine_tune)
-        wanted = [outputs(full, sample) for sample in subject.calibration]
-    del full
-    model = full_model(subject.base, replace(subject.fine_tune, read=tensors.__getitem__))
+        wanted = Whole().run(of_fine_tune(subject.fine_tune), subject.calibration, outputs)
+    model = of_fine_tune(replace(subject.fine_tune, read=tensors.__getitem__)).model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in subject.linears)
     parameters = {name: p for name, p in model.named_parameters() if name in subject.linears}

@@ -31,7 +31,7 @@ from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.profile import Profile, profile_of
 from deltaserve.delta_store.pruning.options import Value
-from deltaserve.delta_store.quality import full_model, merged_model
+from deltaserve.delta_store.running.weights import of_artifact, of_fine_tune
 from deltaserve.delta_store.text import tokenizer_of
 
 SEEDS = (0, 1, 2)
@@ -94,7 +94,7 @@ class Task:
         texts = labelled(name)[split]
         self.texts = random.Random(0).sample(texts, min(TEST_TEXTS, len(texts)))
         self.tokenizer = tokenizer_of(self.base.folder)
-        self.wanted = predictions(full_model(self.base, self.fine_tune), self.tokenizer, self.texts)
+        self.wanted = predictions(of_fine_tune(self.fine_tune).model(), self.tokenizer, self.texts)
         self.labels = torch.tensor([example.label for example in self.texts])
 
     def about(self) -> Row:
@@ -118,7 +118,7 @@ class Task:
             file = Path(folder) / "artifact.safetensors"
             receipt = compress(self.base.folder, self.folder, file, method=method, options=options, profile=profile)
             artifact = open_artifact(file)
-            model = merged_model(self.base, artifact, Profile.open(profile) if profile else profile_of(artifact))
+            model = of_artifact(self.base, artifact, Profile.open(profile) if profile else profile_of(artifact)).model()
         given = predictions(model, self.tokenizer, self.texts)
         return {
             "bytes": receipt.size_bytes,

@@ -44,10 +44,10 @@ torch.set_num_threads(1)
 def size(field):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 warm, base, fine, profile, out = map(Path, sys.argv[1:])
-compress(warm, warm, out, method="dare")  # everything imported, nothing large read
+compress(warm, warm, out, method="dare", measure=False)  # everything imported, nothing large read
 before = size("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to now; ru_maxrss begins at the parent's
-compress(base, fine, out, method="weighted", profile=profile)
+compress(base, fine, out, method="weighted", profile=profile, measure=False)
 print(size("VmHWM") - before)
 """
 

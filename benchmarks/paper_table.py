@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deltaserve.delta_store.pruning.darex import minimise, multiples, noise_and_signal, shares, smallest
-from deltaserve.delta_store.quality import full_model
+from deltaserve.delta_store.running.weights import of_fine_tune
+from deltaserve.delta_store.running.whole import Whole
 from deltaserve.delta_store.selection.journal import Point
 
 RATES = (0.99, 0.95, 0.9)
@@ -141,8 +142,8 @@ def divided(subject: Subject, kept: dict[str, Tensor], p: float, by: dict[str, f
 @lru_cache(maxsize=1)
 def noise_and_signal_of(subject: Subject) -> dict[str, tuple[float, float]]:
     with torch.inference_mode():
-        full = full_model(subject.base, subject.fine_tune)
-        return noise_and_signal(full, subject.base, subject.linears, subject.calibration[0])
+        run = partial(Whole().run, of_fine_tune(subject.fine_tune))
+        return noise_and_signal(run, subject.base, subject.linears, subject.calibration[0])
 
 
 if __name__ == "__main__":

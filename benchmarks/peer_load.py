@@ -18,6 +18,7 @@ from deltaserve.server.bench.statistics import figures
 ASKING = Asking(max_tokens=24, ignore_eos=True, timeout_s=120.0)
 PROMPT_WORDS = 32
 WARM_AT_ONCE = 16
+WARM_SEED = 1_000_000
 
 Row = dict[str, Any]
 
@@ -39,7 +40,7 @@ def compared(contestants: Sequence[Contestant], concurrency: Sequence[int], repe
     for repeat in range(repeats):
         for clients in concurrency:
             for contestant in contestants[:: -1 if repeat % 2 else 1]:
-                found = measure(contestant, clients, seed=repeat)
+                found = measure(contestant, clients, seed=100 * repeat + clients)  # no prompt is asked twice
                 measured.setdefault((contestant.system, clients), []).append(found)
                 what = f"  {contestant.system}, {clients} concurrent, repeat {repeat + 1} of {repeats}"
                 print(f"{what}: {found[0]:.1f} tokens/s, TTFT {found[1]:.0f} ms", flush=True)
@@ -59,7 +60,7 @@ def compared(contestants: Sequence[Contestant], concurrency: Sequence[int], repe
 
 def warm(contestant: Contestant) -> None:
     short = Asking(max_tokens=2, ignore_eos=True)
-    asyncio.run(ask(contestant, WARM_AT_ONCE, max(WARM_AT_ONCE, len(contestant.models)), seed=-1, asking=short))
+    asyncio.run(ask(contestant, WARM_AT_ONCE, max(WARM_AT_ONCE, len(contestant.models)), seed=WARM_SEED, asking=short))
 
 
 def measure(contestant: Contestant, clients: int, seed: int) -> tuple[float, float, float]:

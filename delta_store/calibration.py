@@ -24,6 +24,7 @@ Count = Callable[[int, int], None]
 CALIBRATION_TOKENS = 4096
 FIRST_LOOK_TOKENS = 8
 TOPIC_CHARACTERS = 800
+BUILT_IN = "built-in prose"
 
 
 def profile_for(
@@ -118,7 +119,7 @@ def measure_inputs(
             squares[name] = squares.get(name, 0) + flat.square().sum(0).double()
             rows[name] = rows.get(name, 0) + len(flat)
 
-    run(samples, _body_outputs, progress, lambda model: watching(_linears(model), add))
+    run(samples, body_outputs, progress, lambda model: watching(_linears(model), add))
     rms = {name: (total / rows[name]).sqrt().cpu() for name, total in squares.items()}
     reached = {name: leader_of.get(name, name) for name in rms.keys() | leader_of.keys()}
     return rms, {f"{name}.weight": leader for name, leader in reached.items() if leader in rms}
@@ -136,7 +137,8 @@ def _linears(model: Any) -> dict[nn.Module, str]:
     return {module: names[module] for module in model.base_model.modules() if is_linear(module)}
 
 
-def _body_outputs(model: Any, sample: Sample) -> None:
+def body_outputs(model: Any, sample: Sample) -> None:
+    """Run the model without its head, for those who watch its layers."""
     model.base_model(input_ids=torch.tensor([sample.ids]), use_cache=False)
 
 
@@ -150,7 +152,7 @@ def _shared_inputs(run: Callable[..., Any], sample: Sample) -> dict[str, str]:
         seen.append((leader_of[name], inputs))
 
     short = Sample(sample.ids[:FIRST_LOOK_TOKENS])
-    run([short], _body_outputs, inside=lambda model: watching(_linears(model), look))
+    run([short], body_outputs, inside=lambda model: watching(_linears(model), look))
     return leader_of
 
 

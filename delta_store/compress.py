@@ -1,9 +1,9 @@
 """From a fine-tune to its artifact, tensor by tensor.
 
 Peak memory is about four times the largest tensor in float32 (base, fine-tune, their difference, and what a method
-needs of it) and twice the encoded output; never a whole model. Computing a base's profile for the first time and
-``evaluate`` take as much of a model as ``memory`` says (``running/``), ``evaluate`` also 4 bytes for each scored token
-and word of the vocabulary. Tuning q holds two models.
+needs of it) and twice the encoded output; never a whole model. Computing a base's profile for the first time, tuning
+and measuring take as much of a model as ``memory`` says (``running/``), measuring also 4 bytes for each scored token
+and word of the vocabulary, tuning q twice that.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.artifact_file import ArtifactFile, Parts, is_weighted
-from deltaserve.delta_store.calibration import calibration_samples, profile_for
+from deltaserve.delta_store.calibration import BUILT_IN, calibration_samples, profile_for
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.parts import Stored
 from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
@@ -31,7 +31,7 @@ from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, divided
 from deltaserve.delta_store.pruning.weights import BaseFacts
 from deltaserve.delta_store.pruning.whole import Encoded, dense, exact_codec
-from deltaserve.delta_store.quality import EVALUATION_TOKENS, Judge, Quality, check_answers
+from deltaserve.delta_store.quality import EVALUATION_TOKENS, Judge, Quality, check_answers, predicts_tokens
 from deltaserve.delta_store.report import plain_dare, report, sizes
 from deltaserve.delta_store.running.memory import AUTO, check_memory, runner_for
 from deltaserve.delta_store.selection.candidate import Candidate
@@ -48,12 +48,16 @@ Known = Mapping[str, Parts]
 
 NOTHING_KNOWN: Known = {}
 
+BUILT_IN_TOKENS = 1024
+"""Scored tokens of the built-in prose: enough to see that an artifact is sound; a judgement needs text of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What was written. ``full_bytes`` is the whole fine-tune in 16 bits; ``profile`` the digest that serving needs.
 
-    ``memory`` says how much of a model was in memory to measure it and why; None where nothing was measured.
+    ``text`` names what it was measured on, None where it was not; ``memory`` says how much of a model was in memory to
+    tune and measure, and why.
     ``tensors_changed`` of ``tensors_total`` differ from the base's. ``q`` are the least and the largest number that
     tuning found to divide survivors by. ``warnings`` are for the user's eyes.
     """
@@ -69,6 +73,7 @@ class Receipt:
     q: tuple[float, float] | None
     warnings: tuple[str, ...]
     quality: Quality | None
+    text: str | None = None
     memory: str | None = None
 
     @property
@@ -87,6 +92,7 @@ def compress(
     calibration: Path | None = None,
     profile: Path | None = None,
     evaluate: Path | None = None,
+    measure: bool = True,
     memory: str = AUTO,
     progress: Progress = lambda stage, done, total: None,
 ) -> Receipt:
@@ -94,19 +100,20 @@ def compress(
 
     ``method`` is a key of ``METHODS``, by default ``weighted``, for an adapter ``lora``; ``options`` are those that it
     takes. ``calibration`` is text for the base's profile or for tuning, where the method needs one;
-    ``profile`` is a file to take the profile from, or to write it to. ``evaluate`` is text to measure on; its report
-    goes into the artifact; ``memory`` (of ``MEMORY``) is how. The same input, options and seed give the same file.
-    Raises OptionError and what opening the checkpoints raises; then nothing is written.
+    ``profile`` is a file to take the profile from, or to write it to. ``evaluate`` is text to measure on, by default
+    prose that every Python has; its report goes into the artifact, unless ``measure`` is False or the fine-tune
+    predicts no tokens; ``memory`` (of ``MEMORY``) is how. The same input, options and seed give the same file. Raises
+    OptionError and what opening the checkpoints raises; then nothing is written.
     """
     chosen = method_for(method, fine_tuned)
     settings = chosen.options(options or {})
     check_output(out)
-    _check_memory(memory, chosen, evaluate)
+    _check_measuring(memory, chosen, evaluate, measure=measure)
     _check_text(chosen, settings, calibration, profile)
     base_checkpoint = open_checkpoint(base)
     fine_tune = open_fine_tune(fine_tuned, base_checkpoint)
     check_fits(chosen, fine_tune)
-    held_out = None if evaluate is None else _evaluation_samples(evaluate, base_checkpoint, fine_tune)
+    held_out = _evaluation_samples(evaluate, base_checkpoint, fine_tune) if measure else None
     tuned_on = _tuning_samples(settings, calibration, base_checkpoint, fine_tune) if chosen.tune else []
     progress("Fingerprint", 0, 1)
     base_fingerprint = fingerprint(base_checkpoint)
@@ -119,15 +126,18 @@ def compress(
     needed = weights if is_weighted(parts) else None
     warnings = () if parts else (f"{fine_tune.folder.name} equals the base, so the artifact holds no delta",)
     file = ArtifactFile(out, base_checkpoint, fine_tune, base_fingerprint, needed, chosen, settings, warnings)
+    quality, written, text, in_memory = None, None, None, None
+    if chosen.tune or held_out is not None:
+        runner, in_memory = runner_for(memory, fine_tune.parameters)
     if chosen.tune:
         with file.draft(parts) as draft:
             stage = stage_of(progress, "Tune")
-            parts = divided(parts, chosen.tune(base_checkpoint, fine_tune, draft, tuned_on, settings, stage))
-    quality, written, in_memory = None, None, None
+            tuned = chosen.tune(base_checkpoint, fine_tune, draft, tuned_on, settings, runner, stage)
+            parts = divided(parts, tuned)
     if held_out is not None:
-        runner, in_memory = runner_for(memory, fine_tune.parameters)
+        text = BUILT_IN if evaluate is None else evaluate.name
         judge = Judge(base_checkpoint, fine_tune, held_out, runner, stage_of(progress, "Evaluate"))
-        quality, written = _report(judge, file, parts, facts)
+        quality, written = _report(judge, file, parts, facts, text)
     digest = file.write(out, parts, written)
     return Receipt(
         path=str(out),
@@ -141,12 +151,15 @@ def compress(
         q=divisors(parts) if chosen.tune else None,
         warnings=warnings,
         quality=quality,
+        text=text,
         memory=in_memory,
     )
 
 
-def _report(judge: Judge, file: ArtifactFile, parts: Parts, facts: BaseFacts) -> tuple[Quality, dict[str, JsonValue]]:
-    """What the artifact keeps, and its report: the same of plain DARE beside it."""
+def _report(
+    judge: Judge, file: ArtifactFile, parts: Parts, facts: BaseFacts, text: str
+) -> tuple[Quality, dict[str, JsonValue]]:
+    """What the artifact keeps of the text, and its report: the same of plain DARE beside it."""
     with file.draft(parts) as draft:
         quality, size = judge.quality(draft, file.profile), sizes(draft, facts.embeddings)
         kept = {name: getattr(file.options, name) if name in file.method.defaults else KEPT[name] for name in KEPT}
@@ -156,7 +169,7 @@ def _report(judge: Judge, file: ArtifactFile, parts: Parts, facts: BaseFacts) ->
     dare_parts = encode_parts(dare, options, file.base, file.fine_tune, facts)
     with replace(file, profile=None, method=dare, options=options).draft(dare_parts) as draft:
         made_by, used = Candidate(dare.name, tuple(sorted(settings.items()))).label, draft.path.stat().st_size
-        return quality, report(quality, size, judge.quality(draft, None), made_by, used)
+        return quality, report(text, quality, size, judge.quality(draft, None), made_by, used)
 
 
 def method_for(name: str | None, fine_tuned: str | Path) -> Method:
@@ -172,10 +185,14 @@ def check_output(out: Path) -> None:
         raise OptionError(f"The folder {out.absolute().parent} does not exist; make it first")
 
 
-def _check_memory(memory: str, chosen: Method, evaluate: Path | None) -> None:
+def _check_measuring(memory: str, chosen: Method, evaluate: Path | None, *, measure: bool) -> None:
     check_memory(memory)
-    if memory != AUTO and evaluate is None and not chosen.needs_profile:
-        raise OptionError(f"The method {chosen.name} runs no model but to evaluate; leave memory out, or give evaluate")
+    if evaluate is not None and not measure:
+        raise OptionError(f"Without a report nothing is measured on {evaluate}; leave one of the two out")
+    if memory != AUTO and not (measure or chosen.needs_profile or chosen.tune):
+        raise OptionError(
+            f"The method {chosen.name} runs no model but to measure; leave memory out, or have it measure"
+        )
 
 
 def _check_text(chosen: Method, settings: Options, calibration: Path | None, profile: Path | None) -> None:
@@ -195,8 +212,13 @@ def check_fits(chosen: Method, fine_tune: FineTune) -> None:
         raise OptionError(f"The method {chosen.name} cannot store {kind}; use one of: {', '.join(fits)}")
 
 
-def _evaluation_samples(path: Path, base: Checkpoint, fine_tune: FineTune) -> list[Sample]:
+def _evaluation_samples(path: Path | None, base: Checkpoint, fine_tune: FineTune) -> list[Sample] | None:
+    """Those of the text; without one, of built-in prose, or None where there is nothing to predict of it."""
     tokenizer = tokenizer_of(fine_tune.folder, base.folder)
+    if path is None:
+        if tokenizer is None or not predicts_tokens(fine_tune):
+            return None
+        return calibration_samples(base, None, BUILT_IN_TOKENS, fine_tune.folder, base.folder)
     if tokenizer is None:
         raise OptionError("Neither base nor fine-tune has a tokenizer, so no text can be evaluated")
     samples = read_samples(path, tokenizer, EVALUATION_TOKENS)

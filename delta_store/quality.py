@@ -58,6 +58,12 @@ def check_answers(path: Path, samples: Sequence[Sample], fine_tune: FineTune) ->
         raise OptionError(f"{path} has label {wrong[0]}, but {architecture.name} has {classes} classes")
 
 
+def predicts_tokens(fine_tune: FineTune) -> bool:
+    """Whether it is a language model: it has a head over the vocabulary, and classifies no texts."""
+    architecture = fine_tune.architecture
+    return architecture.head is not None and not architecture.name.endswith("ForSequenceClassification")
+
+
 class Judge:
     """The full fine-tune's predictions on some text, beside which artifacts are put.
 
@@ -116,16 +122,6 @@ def gain_kept(base: float | None, fine_tuned: float, loss: float) -> float | Non
     return (base - loss) / gained if base is not None and gained > 0 else None
 
 
-def full_model(base: Checkpoint, fine_tune: FineTune) -> Any:
-    """The fine-tune itself, in float32."""
-    return of_fine_tune(fine_tune).model()
-
-
-def merged_model(base: Checkpoint, artifact: Artifact, profile: Profile | None) -> Any:
-    """The base with the artifact's delta in its weights, in float32."""
-    return of_artifact(base, artifact, profile).model()
-
-
 def outputs(model: Any, sample: Sample) -> Tensor:
     """float32 ``[tokens, vocabulary]``: log-probabilities of what may stand at each scored token.
 
@@ -143,21 +139,21 @@ def outputs(model: Any, sample: Sample) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def output_change(model: Any, samples: Sequence[Sample], wanted: Sequence[Tensor]) -> float:
-    """How far the model is from the ``outputs`` that another gave: the mean KL divergence, in nats.
+def output_change(given: Sequence[Tensor], wanted: Sequence[Tensor], *, of_states: bool = False) -> float:
+    """How far ``outputs`` are from those that another model gave on the same samples: the mean KL divergence, in nats.
 
     Of hidden states: the sum of squared differences over the sum of squares.
     """
-    if model.get_output_embeddings() is None and samples[0].label is None:
-        changes = [(outputs(model, s) - w).square().sum() for s, w in zip(samples, wanted, strict=True)]
+    pairs = list(zip(given, wanted, strict=True))
+    if of_states:
+        changes = [(g - w).square().sum() for g, w in pairs]
         return (torch.stack(changes).sum() / torch.stack([w.square().sum() for w in wanted]).sum()).item()
-    divergences = [_divergence(w, outputs(model, s)) for s, w in zip(samples, wanted, strict=True)]
-    return torch.cat(divergences).double().mean().item()
+    return torch.cat([_divergence(w, g) for g, w in pairs]).double().mean().item()
 
 
-def loss(model: Any, samples: Sequence[Sample]) -> float:
-    """Mean cross-entropy of the scored tokens, in nats."""
-    losses = [-outputs(model, sample).gather(1, targets(sample)[:, None])[:, 0] for sample in samples]
+def loss(given: Sequence[Tensor], samples: Sequence[Sample]) -> float:
+    """Mean cross-entropy of the scored tokens, in nats, from the ``outputs`` of each sample."""
+    losses = [-scores.gather(1, targets(sample)[:, None])[:, 0] for scores, sample in zip(given, samples, strict=True)]
     return torch.cat(losses).double().mean().item()
 
 

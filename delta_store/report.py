@@ -60,10 +60,13 @@ def least_density(base: Checkpoint) -> float:
 
 
 def report(
-    quality: Quality, size: Mapping[str, int], dare: Quality, dare_label: str, dare_bytes: int
+    text: str, quality: Quality, size: Mapping[str, int], dare: Quality, dare_label: str, dare_bytes: int
 ) -> dict[str, JsonValue]:
-    """As it is written into an artifact. ``dare`` is plain DARE at the same bytes, or as near as it comes."""
+    """As it is written into an artifact. ``text`` is the name of what was measured on, ``dare`` plain DARE at the same
+    bytes, or as near as it comes.
+    """
     return {
+        "text": text,
         **asdict(quality),
         "dare": {
             "made_by": dare_label,

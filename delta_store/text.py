@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.errors import CheckpointError, OptionError
 
 WINDOW_TOKENS = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -109,10 +109,14 @@ def _first(samples: list[Sample], limit: int) -> list[Sample]:
 
 
 def tokenizer_of(*folders: Path) -> Any | None:
-    """The tokenizer of the first of these folders that has one."""
+    """The tokenizer of the first of these folders that has one. Raises CheckpointError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    for folder in folders:
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return None
+    folder = next((f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)), None)
+    if folder is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} has no tokenizer that can be loaded: {reason}") from error

@@ -8,7 +8,7 @@ eta of the whole model, and the model's predictions judge. rho is the whole mode
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any
@@ -22,7 +22,9 @@ from deltaserve.delta_store.fine_tune import FineTune
 from deltaserve.delta_store.pruning.layer_inputs import look_at_inputs
 from deltaserve.delta_store.pruning.options import Options
 from deltaserve.delta_store.pruning.tuning import pruned_part, survivors
-from deltaserve.delta_store.quality import full_model, loss, merged_model, output_change, outputs
+from deltaserve.delta_store.quality import loss, output_change, outputs
+from deltaserve.delta_store.running.memory import Runner
+from deltaserve.delta_store.running.weights import ModelWeights, of_artifact, of_fine_tune
 from deltaserve.delta_store.text import Sample
 
 COARSE, FINE = 4.0, (2.0, 2**0.5, 2**0.25)
@@ -37,31 +39,48 @@ def search(
     artifact: Artifact,
     samples: Sequence[Sample],
     options: Options,
+    runner: Runner,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """For each pruned weight of ``artifact`` (made with q = 1 - p) the best q as a multiple of 1 - p: 1 or more.
 
     Judged on ``samples``: by the loss of their scored tokens (``labels``), or by how far outputs are from the full
-    fine-tune's (``output``). Takes the memory of two models in float32, and of the outputs.
+    fine-tune's (``output``). Takes what ``runner`` does, and twice the outputs.
     """
     names = survivors(artifact)
     if options.drop == 0:
         return dict.fromkeys(names, 1.0)
-    full = full_model(base, fine_tune)
-    rho = shares(noise_and_signal(full, base, names, samples[0]), options.per)
-    judge = _judge(full, samples, options)
-    del full
-    pruned = _Pruned.of(merged_model(base, artifact, None), artifact, names)
+    run_full = partial(runner.run, of_fine_tune(fine_tune))
+    rho = shares(noise_and_signal(run_full, base, names, samples[0]), options.per)
+    wanted = run_full(samples, outputs) if options.judge == "output" else []
+    pruned = of_artifact(base, artifact, None)
+    of_states = fine_tune.architecture.head is None and samples[0].label is None
     trials = 0
 
     def score(eta: float) -> float:
         nonlocal trials
         progress(min(trials, EXPECTED_TRIALS - 1), EXPECTED_TRIALS)
         trials += 1
-        pruned.divide(multiples(rho, eta, options.drop))
-        return judge(pruned.model)
+        divided = divided_weights(pruned, artifact, multiples(rho, eta, options.drop))
+        given = runner.run(divided, samples, outputs)
+        if options.judge == "labels":
+            return loss(given, samples)
+        return output_change(given, wanted, of_states=of_states)
 
     return multiples(rho, minimise(score, smallest(rho, options.drop)), options.drop)
+
+
+def divided_weights(pruned: ModelWeights, artifact: Artifact, by: Mapping[str, float]) -> ModelWeights:
+    """The model of ``artifact``, its survivors divided anew: by these multiples of what they were divided by."""
+
+    def stored(name: str) -> Tensor:
+        weight = pruned.stored(name)
+        if by.get(name, 1.0) == 1.0:
+            return weight
+        matrix = pruned_part(artifact, name)
+        return weight.add_(matrix.T if artifact.specs(name)[0].transposed else matrix, alpha=1 / by[name] - 1)
+
+    return replace(pruned, stored=stored)
 
 
 def shares(sums: Mapping[str, tuple[float, float]], per: str) -> dict[str, float]:
@@ -108,44 +127,18 @@ def smallest(rho: Mapping[str, float], drop: float) -> float:
     return LEAST_CHANGE / steepest if steepest else inf
 
 
-def _judge(full: Any, samples: Sequence[Sample], options: Options) -> Callable[[Any], float]:
-    if options.judge == "labels":
-        return partial(loss, samples=samples)
-    return partial(output_change, samples=samples, wanted=[outputs(full, sample) for sample in samples])
-
-
 def noise_and_signal(
-    full: Any, base: Checkpoint, names: Sequence[str], sample: Sample
+    run: Callable[..., Any], base: Checkpoint, names: Sequence[str], sample: Sample
 ) -> dict[str, tuple[float, float]]:
-    """By weight (sum Q, sum S**2) over the sample's tokens and the weight's rows; of a layer not reached, zeros."""
+    """By weight (sum Q, sum S**2) over the sample's tokens and the weight's rows; of a layer not reached, zeros.
+
+    ``run`` is a runner's, of the full fine-tune.
+    """
     sums = dict.fromkeys(names, (0.0, 0.0))
 
     def look(name: str, x: Tensor, delta: Tensor) -> None:
         noise = (x.square().sum(0) @ delta.square().sum(1)).item()
         sums[name] = (noise, (x @ delta).square().sum().item())
 
-    look_at_inputs(full, base, names, [sample], look)
+    look_at_inputs(run, base, names, [sample], look)
     return sums
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pruned:
-    """A model with the pruned delta in its weights, whose sparse parts can be divided anew in place."""
-
-    model: Any
-    sparse: Mapping[str, tuple[Tensor, Tensor]]
-    divided_by: dict[str, float]
-
-    @classmethod
-    def of(cls, model: Any, artifact: Artifact, names: Sequence[str]) -> "_Pruned":
-        parameters = dict(model.named_parameters())
-        sparse = {}
-        for name in names:
-            matrix = pruned_part(artifact, name)
-            sparse[name] = (parameters[name], matrix.T if artifact.specs(name)[0].transposed else matrix)
-        return cls(model, sparse, dict.fromkeys(names, 1.0))
-
-    def divide(self, multiples: Mapping[str, float]) -> None:
-        for name, (parameter, matrix) in self.sparse.items():
-            parameter.add_(matrix, alpha=1 / multiples[name] - 1 / self.divided_by[name])
-            self.divided_by[name] = multiples[name]

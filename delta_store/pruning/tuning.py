@@ -13,6 +13,7 @@ from deltaserve.delta_store.codec.parts import Stored
 from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.fine_tune import FineTune
 from deltaserve.delta_store.pruning.options import Options
+from deltaserve.delta_store.running.memory import Runner
 from deltaserve.delta_store.text import Sample
 from deltaserve.kernels.parts import Delta, Sparse
 from deltaserve.kernels.reference import unpack
@@ -21,7 +22,7 @@ TUNING_TOKENS = 512
 
 
 class Tune(Protocol):
-    """From the pruned fine-tune, as an artifact, and text to the numbers, by parameter name."""
+    """From the pruned fine-tune, as an artifact, and text to the numbers, by parameter name; ``runner`` runs models."""
 
     def __call__(
         self,
@@ -30,6 +31,7 @@ class Tune(Protocol):
         artifact: Artifact,
         samples: Sequence[Sample],
         options: Options,
+        runner: Runner,
         progress: Callable[[int, int], None] = ...,
     ) -> dict[str, float]: ...
 

@@ -29,7 +29,7 @@ class Bench:
     def __init__(self, base: Checkpoint, fine_tune: FineTune, runner: Runner | None = None) -> None:
         self._base = base
         self._fine_tune = fine_tune
-        self._runner = runner or Whole()
+        self.runner = runner or Whole()
         self._wanted: dict[Sample, Tensor] = {}
 
     def measure(self, artifact: Artifact, profile: Profile | None, samples: Sequence[Sample]) -> Point:
@@ -53,7 +53,7 @@ class Bench:
 
     def _point(self, weights: ModelWeights, size: int, samples: Sequence[Sample]) -> Point:
         self._remember(samples)
-        found = self._runner.run(self._in_one_form(weights), samples, self._beside_wanted)
+        found = self.runner.run(self._in_one_form(weights), samples, self._beside_wanted)
         rows, exact, exact_fine_tuned = zip(*found, strict=True)
         quality = quality_of(torch.cat(rows, 1), None)
         return Point(
@@ -77,7 +77,7 @@ class Bench:
     def _remember(self, samples: Sequence[Sample]) -> None:
         """Have the full fine-tune's predictions of these samples; earlier texts' are kept, of the same samples once."""
         if new := [sample for sample in samples if sample not in self._wanted]:
-            found = self._runner.run(self._in_one_form(of_fine_tune(self._fine_tune)), new, outputs)
+            found = self.runner.run(self._in_one_form(of_fine_tune(self._fine_tune)), new, outputs)
             self._wanted |= dict(zip(new, found, strict=True))
 
     def _in_one_form(self, weights: ModelWeights) -> ModelWeights:

@@ -72,7 +72,8 @@ class Laboratory:
         if chosen.tune and "judge" not in chosen.defaults:  # of those with a judge the search itself finds q
             with self.file(candidate, parts).draft(parts) as draft:
                 samples = self.texts[CALIBRATION]
-                return divided(parts, chosen.tune(self.base, self.fine_tune, draft, samples, options))
+                tuned = chosen.tune(self.base, self.fine_tune, draft, samples, options, self.bench.runner)
+                return divided(parts, tuned)
         return parts if candidate.q == 1 else divided(parts, {name: candidate.q for name, _, _ in parts})
 
     def file(self, candidate: Candidate, parts: Parts, warnings: tuple[str, ...] = ()) -> ArtifactFile:

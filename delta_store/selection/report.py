@@ -8,6 +8,7 @@ from deltaserve.delta_store.quality import Quality, gain_kept
 from deltaserve.delta_store.report import report
 from deltaserve.delta_store.selection.candidate import Candidate
 from deltaserve.delta_store.selection.journal import Point
+from deltaserve.delta_store.selection.texts import Files
 
 
 def quality(point: Point, base: Point | None) -> Quality:
@@ -27,13 +28,13 @@ def quality(point: Point, base: Point | None) -> Quality:
 
 
 def full_report(
+    files: Files,
     point: Point,
     base: Point | None,
     dare: tuple[Candidate, Point],
     seeds: Mapping[int, Point],
     size: Mapping[str, int],
     tolerance: Mapping[str, JsonValue],
-    is_task: bool,
 ) -> dict[str, JsonValue]:
     """As it is written into the artifact: every artifact's report, the spread over seeds, and what was asked."""
     scores: dict[str, JsonValue] = {
@@ -43,8 +44,10 @@ def full_report(
     }
     candidate, dare_point = dare
     return {
-        **report(quality(point, base), size, quality(dare_point, base), candidate.label, dare_point.bytes),
-        **(scores if is_task else {}),
+        **report(
+            files.confirmed_on, quality(point, base), size, quality(dare_point, base), candidate.label, dare_point.bytes
+        ),
+        **(scores if files.is_task else {}),
         "seeds": {str(seed): {"kl_mean": p.kl, "top1_agreement": p.agreement} for seed, p in seeds.items()},
         "tolerance": dict(tolerance),
     }

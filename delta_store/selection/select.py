@@ -138,7 +138,7 @@ def select(
         raise ToleranceMissed(_missed(tolerance, found))
     warnings = _warnings(size.warning if size.is_pretraining else None, found, tolerance, files, laboratory)
     stages.begin("Report")
-    receipt, written = _write(laboratory, found, tolerance, files.is_task, warnings)
+    receipt, written = _write(laboratory, found, tolerance, files, warnings)
     return Selection(
         receipt=replace(receipt, memory=in_memory),
         met=found.confirmed,
@@ -235,7 +235,7 @@ def _warnings(
 
 
 def _write(
-    laboratory: Laboratory, found: Found, tolerance: Tolerance, is_task: bool, warnings: tuple[str, ...]
+    laboratory: Laboratory, found: Found, tolerance: Tolerance, files: Files, warnings: tuple[str, ...]
 ) -> tuple[Receipt, Mapping[str, JsonValue]]:
     """The artifact with its report."""
     candidate, out = found.trial.candidate, laboratory.out
@@ -248,7 +248,7 @@ def _write(
         embeddings = facts_of(laboratory.base.architecture, laboratory.profile).embeddings
         size = sizes(artifact, embeddings)
     allowed: dict[str, JsonValue] = {"asked": tolerance.label, "met": found.confirmed}
-    written = full_report(found.held_out, base, dare, seeds, size, allowed, is_task)
+    written = full_report(files, found.held_out, base, dare, seeds, size, allowed)
     digest = file.write(out, parts, written)
     fine_tune = laboratory.fine_tune
     receipt = Receipt(
@@ -263,6 +263,7 @@ def _write(
         q=None,
         warnings=warnings,
         quality=quality(found.held_out, base),
+        text=files.confirmed_on,
     )
     return receipt, written
 

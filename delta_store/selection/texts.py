@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaserve.delta_store.calibration import calibration_samples
+from deltaserve.delta_store.calibration import BUILT_IN, calibration_samples
 from deltaserve.delta_store.checkpoint import Checkpoint
 from deltaserve.delta_store.errors import OptionError
 from deltaserve.delta_store.fine_tune import FineTune
@@ -28,6 +28,13 @@ class Files:
     calibration: Path | None
     held_out: Path | None
     is_task: bool = False
+
+    @property
+    def confirmed_on(self) -> str:
+        """What the held-out text is, in words."""
+        if self.held_out is not None:
+            return self.held_out.name
+        return f"a third of {BUILT_IN if self.calibration is None else self.calibration.name}"
 
 
 def read_texts(files: Files, base: Checkpoint, fine_tune: FineTune) -> dict[str, Sequence[Sample]]:

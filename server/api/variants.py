@@ -135,7 +135,7 @@ def encode(adapter: Path, artifact: Path, state: State) -> None:
     from deltaserve.delta_store.compress import compress
 
     with told_of_the_upload(adapter):
-        compress(state.settings.base, adapter, artifact)
+        compress(state.settings.base, adapter, artifact, measure=False)  # whoever uploads waits
 
 
 def sender(request: Request) -> str | None:

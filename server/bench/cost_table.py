@@ -13,6 +13,7 @@ from deltaserve.server.bench.statistics import figures
 
 BASE, MERGED, SWAPPED = "base alone", "merged model", "one variant, swapped in"
 BESIDE, DISTINCT, ROTATION = "one variant, beside the base", "distinct variants", "rotation beyond residency"
+UNSWAPPED = "the same engine, nothing swapped in"
 SWAP_GOAL, DISTINCT_GOAL = 0.98, 0.90
 
 
@@ -85,7 +86,9 @@ class Costs:
 
     def goals(self) -> list[dict[str, Any]]:
         """As rows of a results file."""
-        wanted = [(case, MERGED, SWAP_GOAL) for case in self.cases if case.what == SWAPPED]
+        wanted = [
+            (case, other, SWAP_GOAL) for case in self.cases if case.what == SWAPPED for other in (MERGED, UNSWAPPED)
+        ]
         wanted += [(case, BASE, DISTINCT_GOAL) for case in self.cases if case.what == DISTINCT]
         return [
             {

@@ -63,8 +63,12 @@ def command(
         typer.Option(help="Take the activation profile from this file; write it there if there is none."),
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help="Held-out text to measure on: plain, or .jsonl conversations.")
+        Path | None,
+        typer.Option(help="Held-out text to measure on: plain, or .jsonl conversations. By default built-in prose."),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Measure what the artifact keeps; its report goes into it. A search always does.")
+    ] = True,
     max_kl: Annotated[
         str | None,
         typer.Option(
@@ -127,6 +131,8 @@ def command(
     }
     options = {name: value for name, value in choices.items() if value is not None}
     if tolerance is not None:
+        if not measure:
+            raise OptionError("A search measures, and its artifact has the report; leave --no-measure out")
         _select(
             base,
             fine_tuned,
@@ -157,6 +163,7 @@ def command(
             calibration=calibration,
             profile=profile,
             evaluate=evaluate,
+            measure=measure,
             memory=memory,
             progress=progress,
         )
@@ -265,6 +272,7 @@ def _lines(receipt: "Receipt") -> Iterator[tuple[str, str]]:
         yield "q", " to ".join(f"{q:.5g}" for q in sorted(set(receipt.q)))
     if (quality := receipt.quality) is not None:
         base = "-" if quality.loss_base is None else f"{quality.loss_base:.4f}"
+        yield "measured on", receipt.text or "-"
         yield "KL", f"{quality.kl_mean:.5f} mean, {quality.kl_p99:.4f} at the 99th percentile"
         yield "same token", f"{quality.top1_agreement:.1%} of {quality.tokens}"
         yield "loss", f"{base} base, {quality.loss_fine_tuned:.4f} fine-tune, {quality.loss_artifact:.4f} artifact"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_encoders import classifier_of, save_encoder, tiny_encoder
 from tiny_models import fine_tuned, save, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -46,7 +47,7 @@ def test_the_receipt_counts_everything(base: Path, fine: Path, tmp_path: Path) -
     assert receipt.full_bytes == 2 * sum(p.numel() for p in tiny_llama().parameters())
     assert receipt.ratio == receipt.full_bytes / receipt.size_bytes
     assert (receipt.tensors_changed, receipt.tensors_total) == (20, 20)
-    assert (receipt.profile, receipt.warnings, receipt.quality) == (None, (), None)
+    assert (receipt.profile, receipt.warnings) == (None, ())
 
 
 def test_an_artifact_says_how_it_was_made_and_not_where(base: Path, fine: Path, tmp_path: Path) -> None:
@@ -171,7 +172,25 @@ def test_evaluating_writes_the_report_into_the_artifact(base: Path, fine: Path, 
     assert report["kl_mean"] == receipt.quality.kl_mean > 0
     assert receipt.quality.kl_base is not None
     assert report["kl_base"] == receipt.quality.kl_base > 0
+    assert report["text"] == "text.txt"
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["out", "text.txt"]
+
+
+def test_every_artifact_of_a_language_model_has_a_report(base: Path, fine: Path, tmp_path: Path) -> None:
+    receipt = compress(base, fine, tmp_path / "out", method="dare", options={"drop": 0.5})
+    report = open_artifact(tmp_path / "out").manifest.quality
+    assert report is not None
+    assert receipt.quality is not None
+    assert report["text"] == receipt.text == "built-in prose"
+    assert report["tokens"] == receipt.quality.tokens > 500
+    without = compress(base, fine, tmp_path / "without", method="dare", options={"drop": 0.5}, measure=False)
+    assert without.quality is without.text is open_artifact(tmp_path / "without").manifest.quality is None
+
+
+def test_a_classifier_has_no_report_of_prose(tmp_path: Path) -> None:
+    base = save_encoder(tiny_encoder(), tmp_path / "base")
+    compress(base, save_encoder(classifier_of(tiny_encoder()), tmp_path / "fine"), tmp_path / "out", method="lossless")
+    assert open_artifact(tmp_path / "out").manifest.quality is None
 
 
 def test_the_report_has_bytes_and_plain_dare_beside_it(base: Path, fine: Path, tmp_path: Path) -> None:
@@ -237,6 +256,8 @@ def test_a_broken_file_beside_the_weights_is_named(base: Path, tmp_path: Path) -
     fine = save(fine_tuned(tiny_llama()), tmp_path / "fine", vocab=64)
     (fine / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json is no valid JSON"):
+        compress(base, fine, tmp_path / "out", method="dare", measure=False)
+    with pytest.raises(CheckpointError, match=r"fine has no tokenizer that can be loaded: Expecting property name"):
         compress(base, fine, tmp_path / "out", method="dare")
 
 

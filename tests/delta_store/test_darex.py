@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,12 @@ from deltaserve.delta_store.merge import variant_tensors
 from deltaserve.delta_store.pruning import darex
 from deltaserve.delta_store.pruning.darex import minimise, multiples, search, shares
 from deltaserve.delta_store.pruning.options import Options, Value
-from deltaserve.delta_store.quality import full_model, loss, merged_model, output_change, outputs
+from deltaserve.delta_store.pruning.tuning import pruned_part
+from deltaserve.delta_store.quality import loss, output_change, outputs
+from deltaserve.delta_store.running.layers import Layerwise
+from deltaserve.delta_store.running.memory import Runner
+from deltaserve.delta_store.running.weights import of_artifact, of_fine_tune
+from deltaserve.delta_store.running.whole import Whole
 from deltaserve.delta_store.text import Sample
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -85,8 +91,9 @@ def test_q_is_the_closed_form_where_eta_is_one() -> None:
     assert set(multiples(rho, 0.0, 0.9).values()) == {1.0}
 
 
+@pytest.mark.parametrize("runner", [Whole(), Layerwise()], ids=["whole", "layers"])
 @pytest.mark.parametrize("model", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
-def test_noise_shares_are_those_of_the_terms(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_noise_shares_are_those_of_the_terms(model: torch.nn.Module, runner: Runner, tmp_path: Path) -> None:
     """Against the definition: c = delta * input for every token, row and column."""
     tuned = fine_tuned(model)  # type: ignore[type-var]
     checkpoint = open_checkpoint(save(model, tmp_path / "base"))  # type: ignore[arg-type]
@@ -98,9 +105,11 @@ def test_noise_shares_are_those_of_the_terms(model: torch.nn.Module, tmp_path: P
     for name, module in tuned.named_modules():
         if is_linear(module) and name != "lm_head":
             module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given))
+    tune = open_fine_tune(save(tuned, tmp_path / "fine"), checkpoint)
     with torch.no_grad():
         tuned(input_ids=torch.tensor([SAMPLES[0].ids]))
-        found = darex.noise_and_signal(tuned, checkpoint, list(inputs), SAMPLES[0])
+        run = partial(runner.run, of_fine_tune(tune))
+        found = darex.noise_and_signal(run, checkpoint, list(inputs), SAMPLES[0])
     assert found.keys() == inputs.keys()
     for name, x in inputs.items():
         delta = tuned.state_dict()[name] - checkpoint.read(name)
@@ -116,17 +125,20 @@ def test_what_it_finds_is_about_the_best_of_a_fine_grid(
     checkpoint, artifact = open_checkpoint(base), open_artifact(tmp_path / "dare")
     tune = open_fine_tune(fine, checkpoint)
     options = Options(drop=0.75, judge=judge, per=per)
-    found = search(checkpoint, tune, artifact, SAMPLES, options)
-    full = full_model(checkpoint, tune)
-    rho = shares(darex.noise_and_signal(full, checkpoint, list(found), SAMPLES[0]), per)
-    wanted = [outputs(full, sample) for sample in SAMPLES]
-
-    pruned = darex._Pruned.of(merged_model(checkpoint, artifact, None), artifact, list(found))
+    found = search(checkpoint, tune, artifact, SAMPLES, options, Whole())
+    assert search(checkpoint, tune, artifact, SAMPLES, options, Layerwise()) == found
+    run = partial(Whole().run, of_fine_tune(tune))
+    rho = shares(darex.noise_and_signal(run, checkpoint, list(found), SAMPLES[0]), per)
+    wanted = run(SAMPLES, outputs)
 
     def score(q: dict[str, float]) -> float:
-        pruned.divide(q)
-        model = pruned.model
-        return loss(model, SAMPLES) if judge == "labels" else output_change(model, SAMPLES, wanted)
+        """Of the artifact's own model, whose survivors are divided in place."""
+        model = of_artifact(checkpoint, artifact, None).model()
+        for name, parameter in model.named_parameters():
+            if name in q:
+                parameter += pruned_part(artifact, name) * (1 / q[name] - 1)
+        given = [outputs(model, sample) for sample in SAMPLES]
+        return loss(given, SAMPLES) if judge == "labels" else output_change(given, wanted)
 
     with torch.no_grad():
         exponents = range(-6, 4)

@@ -1,6 +1,7 @@
 """Magnitude and Wanda: which columns are kept, and that survivors make up for what is not."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.codec.specs import DenseSpec, SparseSpec
 from deltaserve.delta_store.compress import compress
 from deltaserve.delta_store.delta import TensorDelta
-from deltaserve.delta_store.fine_tune import Change
+from deltaserve.delta_store.fine_tune import Change, open_fine_tune
 from deltaserve.delta_store.pruning.layer_inputs import look_at_inputs
 from deltaserve.delta_store.pruning.methods import method
 from deltaserve.delta_store.pruning.options import BLOCKS, CODECS, Value
 from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, survivors
 from deltaserve.delta_store.pruning.weights import BaseFacts
+from deltaserve.delta_store.running.weights import of_fine_tune
+from deltaserve.delta_store.running.whole import Whole
 from deltaserve.kernels.parts import Sparse
 from deltaserve.kernels.reference import unpack
 
@@ -130,7 +133,8 @@ def test_wandas_outputs_are_unbiased_on_the_text(make: type, tmp_path: Path, mon
 
     names = survivors(artifact)
     with torch.no_grad():
-        look_at_inputs(tuned, checkpoint, names, samples, look)
+        run = partial(Whole().run, of_fine_tune(open_fine_tune(fine, checkpoint)))
+        look_at_inputs(run, checkpoint, names, samples, look)
     assert len(names) > 4
     assert products == pytest.approx(energies, rel=1e-3)
     assert receipt.q is not None

@@ -110,6 +110,8 @@ def test_as_json_it_is_receipt_report_and_search(deltaserve, checkpoints, text, 
         (("--max-kl", "1", "--evaluate", "t.txt"), "none to search on"),
         (("--min-score", 0.5, "--task", "t.txt"), "t.txt is no .jsonl file"),
         (("--max-kl", "1", "--method", "darex", "--judge", "labels"), "judge has no meaning"),
+        (("--max-kl", "1", "--no-measure"), "A search measures"),
+        (("--evaluate", "t.txt", "--no-measure"), "nothing is measured on t.txt; leave one of the two out"),
     ],
 )
 def test_a_search_that_makes_no_sense_is_refused(deltaserve, checkpoints, tmp_path, options, message):
@@ -122,9 +124,9 @@ def test_a_search_that_makes_no_sense_is_refused(deltaserve, checkpoints, tmp_pa
 def test_memory_is_how_quality_is_measured_and_nothing_else(deltaserve, checkpoints, text, tmp_path):
     """By layers the same figures, and the report says so; without anything to measure it is refused."""
     flags = ("compress", *checkpoints, "-o", tmp_path / "out", "--method", "dare", "--drop", 0.5)
-    code, _, err = deltaserve(*flags, "--memory", "layers")
+    code, _, err = deltaserve(*flags, "--memory", "layers", "--no-measure")
     assert code == 1
-    assert "The method dare runs no model but to evaluate; leave memory out, or give evaluate" in err
+    assert "The method dare runs no model but to measure; leave memory out, or have it measure" in err
     said = {}
     for memory in ("whole", "layers", "auto"):
         code, out, _ = deltaserve(*flags, "--evaluate", text, "--memory", memory)

@@ -24,7 +24,7 @@ export function cards(variant) {
 
 export function report(variant) {
   const q = variant.quality;
-  if (!q) return [["Not measured", "The artifact has no report; deltaserve compress writes one with --evaluate or a tolerance."]];
+  if (!q) return [["Not measured", "The artifact has no report; deltaserve compress writes one for language models, with --evaluate FILE for all."]];
   const tolerance = q.tolerance && Object.entries(q.tolerance).map(([name, value]) => `${name.replaceAll("_", " ")}: ${typeof value === "number" ? nats(value) : value}`).join(", ");
   const rows = [
     ["Gain kept", percent(gainKept(q))],

@@ -11,7 +11,7 @@ from deltaserve.delta_store.codec.artifact import open_artifact
 from deltaserve.delta_store.errors import DeltaServeError, OptionError
 from deltaserve.server.bench import engine_costs
 from deltaserve.server.bench.client import Outcome, Record
-from deltaserve.server.bench.cost_table import BASE, BESIDE, DISTINCT, MERGED, ROTATION, SWAPPED, Case, Costs
+from deltaserve.server.bench.cost_table import BASE, BESIDE, DISTINCT, MERGED, ROTATION, SWAPPED, UNSWAPPED, Case, Costs
 from deltaserve.server.bench.engine_costs import Plan, measure
 from deltaserve.server.bench.invented import invent
 from deltaserve.server.cli import app
@@ -32,7 +32,7 @@ def test_every_case_is_measured_beside_the_base_and_the_merged_model(base: Path,
     result = CliRunner().invoke(app, ["bench", "--engine", str(base), "--variants", ",".join(variants), *options])
     assert result.exit_code == 0, result.output
     costs = json.loads((tmp_path / "costs.json").read_text())
-    alone = {BASE, BESIDE, SWAPPED, MERGED, ROTATION}
+    alone = {BASE, BESIDE, SWAPPED, UNSWAPPED, MERGED, ROTATION}
     found = {(case["what"], case["concurrency"]) for case in costs["cases"]}
     assert found == {(what, 1) for what in alone} | {(what, 2) for what in alone | {DISTINCT}}
     for case in costs["cases"]:
@@ -40,7 +40,7 @@ def test_every_case_is_measured_beside_the_base_and_the_merged_model(base: Path,
         assert case["tokens_per_s"]["p20"] <= case["tokens_per_s"]["median"] <= case["tokens_per_s"]["p80"]
         assert (case["over_base_alone"]["median"] == 1.0) == (case["what"] == BASE)
     assert all(costs[name]["median"] > 0 for name in ("reload_ms", "swap_ms"))
-    assert [goal["limit"] for goal in costs["goals"]] == [0.98, 0.98, 0.90]
+    assert [goal["limit"] for goal in costs["goals"]] == [0.98, 0.98, 0.98, 0.98, 0.90]
     assert "A merged checkpoint from file to first token" in result.output
 
 
@@ -50,7 +50,7 @@ def test_variant_is_made_up_where_none_is_given(base: Path, tmp_path: Path) -> N
     assert len(made.names) == len(list(tiny_llama().state_dict())) - 1, "every parameter, and the tied head is none"
     costs = measure(plan(base))
     assert costs.setup["variants"] == "made up"
-    assert len(costs.cases) == 11
+    assert len(costs.cases) == 13
     assert {len(repeats) for repeats in costs.cases.values()} == {1}, "no second repeat begins after no minutes"
 
 
