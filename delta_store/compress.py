@@ -16,6 +16,7 @@ from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.artifact_file import ArtifactFile, Parts, is_weighted
 from deltaserve.delta_store.calibration import BUILT_IN, calibration_samples, profile_for
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
+from deltaserve.delta_store.codec.artifact import Artifact
 from deltaserve.delta_store.codec.parts import Stored
 from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
 from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
@@ -161,7 +162,7 @@ def _report(
 ) -> tuple[Quality, dict[str, JsonValue]]:
     """What the artifact keeps of the text, and its report: the same of plain DARE beside it."""
     with file.draft(parts) as draft:
-        quality, size = judge.quality(draft, file.profile), sizes(draft, facts.embeddings)
+        quality, size = _quality(judge, draft, file.profile, text), sizes(draft, facts.embeddings)
         kept = {name: getattr(file.options, name) if name in file.method.defaults else KEPT[name] for name in KEPT}
         settings = plain_dare(file.base, draft, facts.embeddings, kept)
     dare = METHODS["dare"]
@@ -169,7 +170,13 @@ def _report(
     dare_parts = encode_parts(dare, options, file.base, file.fine_tune, facts)
     with replace(file, profile=None, method=dare, options=options).draft(dare_parts) as draft:
         made_by, used = Candidate(dare.name, tuple(sorted(settings.items()))).label, draft.path.stat().st_size
-        return quality, report(text, quality, size, judge.quality(draft, None), made_by, used)
+        return quality, report(text, quality, size, _quality(judge, draft, None, text), made_by, used)
+
+
+def _quality(judge: Judge, draft: Artifact, profile: Profile | None, text: str) -> Quality:
+    """What a draft keeps; of built-in prose not which share of the gain, for fine-tuning sought none there."""
+    found = judge.quality(draft, profile)
+    return replace(found, gain_kept=None) if text == BUILT_IN else found
 
 
 def method_for(name: str | None, fine_tuned: str | Path) -> Method:

@@ -183,6 +183,7 @@ def test_every_artifact_of_a_language_model_has_a_report(base: Path, fine: Path,
     assert receipt.quality is not None
     assert report["text"] == receipt.text == "built-in prose"
     assert report["tokens"] == receipt.quality.tokens > 500
+    assert report["gain_kept"] is None
     without = compress(base, fine, tmp_path / "without", method="dare", options={"drop": 0.5}, measure=False)
     assert without.quality is without.text is open_artifact(tmp_path / "without").manifest.quality is None
 

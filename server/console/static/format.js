@@ -40,7 +40,7 @@ export const plural = (n, noun) => `${new Intl.NumberFormat("en").format(n)} ${n
 // What a quality report says beside what it has: the share of fine-tuning's gain that is kept.
 export function gainKept(quality) {
   if (!quality) return null;
-  if (known(quality.gain_kept)) return quality.gain_kept;
+  if (quality.gain_kept !== undefined) return quality.gain_kept; // null: nothing was gained, or on that text it says nothing
   const gained = quality.loss_base - quality.loss_fine_tuned;
   return known(gained) && gained > 0 ? (quality.loss_base - quality.loss_artifact) / gained : null;
 }

@@ -16,7 +16,7 @@ export function cards(variant) {
   const quality = variant.quality, live = server.live.of(variant.id);
   return [
     ["Size", bytes(variant.size_bytes), `${ratio(server.figures.base.bytes / variant.size_bytes)} smaller than 16 bits`],
-    ["KL to the full fine-tune", nats(quality?.kl_mean), quality?.kl_base ? `the bare base: ${nats(quality.kl_base)}` : "nats a token, held-out text"],
+    ["KL to the full fine-tune", nats(quality?.kl_mean), quality?.kl_base ? `the bare base: ${nats(quality.kl_base)}` : `nats a token, ${quality?.text ?? "held-out text"}`],
     ["Same token first", percent(quality?.top1_agreement), quality?.top1_agreement_base ? `the bare base: ${percent(quality.top1_agreement_base)}` : "as the full fine-tune"],
     ["Requests a minute", rate(live?.requestsPerMinute), `${rate(live?.tokensPerSecond)} tokens/s, ${server.figures.base.kind === "encoder" ? "answered" : "first"} after ${seconds(live?.latency)}`],
   ];
@@ -32,7 +32,7 @@ export function report(variant) {
     ["Loss of the full fine-tune", nats(q.loss_fine_tuned)],
     ["Loss of this artifact", nats(q.loss_artifact)],
     ["KL, 99th percentile", nats(q.kl_p99)],
-    ["Tokens measured", q.tokens ? String(q.tokens) : null],
+    ["Tokens measured", q.tokens ? `${q.tokens}${q.text ? ` of ${q.text}` : ""}` : null],
     ["Plain DARE at these bytes", q.dare ? `KL ${nats(q.dare.kl_mean)} in ${bytes(q.dare.bytes)}` : null],
     ["Score of the task", q.score_artifact !== undefined ? `${percent(q.score_artifact)}; full fine-tune ${percent(q.score_fine_tuned)}, base ${percent(q.score_base)}` : null],
     ["Tolerance", tolerance],

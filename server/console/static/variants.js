@@ -15,7 +15,7 @@ const COMMON = [
   ["Version", (v) => v.version, (v) => String(v.version), "Number of the current version"],
   ["Size", (v) => v.size_bytes, (v) => bytes(v.size_bytes), "Bytes of the current artifact, everything counted"],
   ["Smaller", (v) => -v.size_bytes, (v) => ratio(server.figures.base.bytes / v.size_bytes), "Size of the base in 16 bits over that of the artifact"],
-  ["KL", (v) => v.quality?.kl_mean ?? Infinity, (v) => nats(v.quality?.kl_mean), "Mean KL divergence from the full fine-tune, nats a token, on held-out text"],
+  ["KL", (v) => v.quality?.kl_mean ?? Infinity, (v) => nats(v.quality?.kl_mean), "Mean KL divergence from the full fine-tune, nats a token, on the text of its report"],
   ["Same token", (v) => -(v.quality?.top1_agreement ?? -1), (v) => percent(v.quality?.top1_agreement), "Share of tokens on which it puts the same first as the full fine-tune"],
   ["Gain kept", (v) => -(gainKept(v.quality) ?? -9), (v) => percent(gainKept(v.quality)), "Share of what fine-tuning gained over the base in held-out loss"],
   ["Where", (v) => Object.keys(TIERS).indexOf(tierOf(v)), null, "In memory, loading, on the host, or stored"],
