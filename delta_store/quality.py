@@ -48,7 +48,7 @@ class Quality:
 def check_answers(path: Path, samples: Sequence[Sample], fine_tune: FineTune) -> None:
     """Refuse text that asks of a model what it cannot answer: tokens of a classifier, or classes of a decoder."""
     architecture = fine_tune.architecture
-    is_classifier = architecture.name.endswith("ForSequenceClassification")
+    is_classifier = _classifies(fine_tune)
     classes = architecture.config.num_labels if is_classifier else 0
     labels = {sample.label for sample in samples}
     if None in labels and architecture.head is None:
@@ -60,8 +60,11 @@ def check_answers(path: Path, samples: Sequence[Sample], fine_tune: FineTune) ->
 
 def predicts_tokens(fine_tune: FineTune) -> bool:
     """Whether it is a language model: it has a head over the vocabulary, and classifies no texts."""
-    architecture = fine_tune.architecture
-    return architecture.head is not None and not architecture.name.endswith("ForSequenceClassification")
+    return fine_tune.architecture.head is not None and not _classifies(fine_tune)
+
+
+def _classifies(fine_tune: FineTune) -> bool:
+    return fine_tune.architecture.name.endswith("ForSequenceClassification")
 
 
 class Judge:
