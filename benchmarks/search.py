@@ -24,7 +24,7 @@ SEARCHES = (
     ("scripture", "--max-kl 2%"),
     ("scripture", "--bytes 400000"),
     ("scripture", "--min-agreement 0.95 --method weighted"),
-    ("sentiment", "--min-score 0.75 --method weighted"),
+    ("sentiment", "--min-score 0.75 --method weighted --block 16"),
 )
 
 

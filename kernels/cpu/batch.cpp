@@ -32,18 +32,37 @@ Error Batch::plan(const Segments& segments, const Bank& bank, int64_t total) {
     return Error::none;
 }
 
-void cut(const Batch& batch, int lanes, std::vector<Tile>& tiles) {
-    for (const Batch::Run& run : batch.runs)
+namespace {
+
+bool has_narrow_blocks(const Delta& delta) {
+    return std::any_of(delta.parts, delta.parts + delta.count,
+                       [](const Part& part) { return part.kind == Kind::sparse && part.block < CHUNK; });
+}
+
+// How many of the rows from `row` on, at most `end`, are of the same pass.
+int64_t rows_of_pass(const Batch& batch, int64_t row, int64_t end, int64_t pass) {
+    int64_t next = row + 1;
+    while (next < end && batch.rows[next] / pass == batch.rows[row] / pass) ++next;
+    return std::min<int64_t>(next - row, MAX_TILE_ROWS);
+}
+
+} // namespace
+
+void cut(const Batch& batch, int lanes, int64_t pass, std::vector<Tile>& tiles) {
+    for (const Batch::Run& run : batch.runs) {
+        const bool narrow = has_narrow_blocks(*run.delta);
         for (int64_t row = run.begin; row < run.end;) {
             const int64_t left = run.end - row;
             Tile tile{};
             tile.delta = run.delta;
             tile.rows = batch.rows.data() + row;
-            tile.lanes = left < 4 ? 1 : left <= 8 ? 8 : lanes;
-            tile.count = int32_t(std::min<int64_t>(left, tile.lanes));
+            tile.lanes = !narrow || left < 4 ? 1 : left <= 8 ? 8 : lanes;
+            if (tile.lanes > 1) tile.count = int32_t(std::min<int64_t>(left, tile.lanes));
+            else tile.count = narrow ? 1 : int32_t(rows_of_pass(batch, row, run.end, pass));
             tiles.push_back(tile);
             row += tile.count;
         }
+    }
 }
 
 int64_t scratch_floats(const Delta& delta) {
@@ -54,7 +73,8 @@ int64_t scratch_floats(const Delta& delta) {
         const int64_t columns = part.kind == Kind::low_rank ? part.kept * PANEL : 0;
         most = std::max(most, lines * (part.a.length + CHUNK) + columns);
     }
-    return std::max<int64_t>(delta.width + CHUNK, MAX_GROUP * PANEL * MAX_LANES) + most; // sums of embed or of panels
+    constexpr int64_t panels = std::max(MAX_GROUP * MAX_LANES, MAX_TILE_ROWS) * PANEL;
+    return std::max<int64_t>(delta.width + CHUNK, panels) + most; // sums of embed or of panels
 }
 
 } // namespace deltaserve

@@ -35,8 +35,9 @@ struct Batch {
     Error plan(const Segments& segments, const Bank& bank, int64_t total);
 };
 
-// Appends tiles of at most `lanes` rows. Few rows are cheaper one by one: a tile's lanes are paid for whether used or not.
-void cut(const Batch& batch, int lanes, std::vector<Tile>& tiles);
+// Appends tiles. Those with one lane have rows of one pass over the batch, `pass` rows at a time. With blocks that are narrower
+// than a vector, few rows are cheaper one by one: a tile's `lanes` are paid for whether used or not.
+void cut(const Batch& batch, int lanes, int64_t pass, std::vector<Tile>& tiles);
 
 // Floats that the operations need as scratch for this delta, a thread.
 int64_t scratch_floats(const Delta& delta);

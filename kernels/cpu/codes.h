@@ -40,10 +40,11 @@ class Scales {
         left -= n - before;
         return blend(before, first, broadcast<F16>(value));
     }
-    // the one scale of the next n values, which a caller knows to share it
-    float shared(int n) {
+    // the scale of the next values, n at a time; `count` is cut to how many such times share it. Groups are multiples of n.
+    float shared(int n, int64_t& count) {
         if (left == 0) refill();
-        left -= n;
+        if (count > left / n) count = left / n;
+        left -= count * n;
         return value;
     }
 

@@ -8,8 +8,9 @@ namespace deltaserve {
 
 constexpr int PANEL = 64;     // output rows that one thread computes at a time; every block size divides it
 constexpr int CHUNK = 16;     // values decoded at a time; every line of codes is padded to a multiple of it
-constexpr int MAX_LANES = 16; // rows of the batch that share one pass over a delta
-constexpr int MAX_GROUP = 4;  // tiles of one variant that share what is decoded
+constexpr int MAX_LANES = 16; // rows of the batch that vectors run over
+constexpr int MAX_GROUP = 4;  // tiles with lanes, of one variant, that share what is decoded
+constexpr int MAX_TILE_ROWS = 64; // rows of a tile with one lane
 constexpr int MAX_PARTS = 8;
 
 enum class Codec : int32_t { float32, bf16, int8, int4, int2, sign };
@@ -84,16 +85,18 @@ struct Swap {
     void* saved;
 };
 
-// Up to MAX_LANES rows of the batch that belong to one variant. With one lane `x` is [in]; else it is [in][lanes],
-// lanes beyond `count` zero. `inputs` holds what each part multiplies: x, x times the factors (sparse), [r][lanes] products
-// with the first factor (low-rank), or the product with the mean row (rows).
+// Rows of the batch that belong to one variant. With one lane up to MAX_TILE_ROWS of them, read where they lie: row t of the
+// tile is x + rows[t] * stride. With more lanes up to MAX_LANES of them packed, x [in][lanes], lanes beyond `count` zero: for
+// blocks that are narrower than a vector, so that vectors run over the batch. `inputs` holds what each part multiplies: x,
+// packed x times the factors (sparse), [r][lanes] or [count][r] products with the first factor (low-rank), or the products
+// with the mean row (rows).
 struct Tile {
     const Delta* delta;
     const int32_t* rows;
     int32_t count;
     int32_t lanes;
-    float* x;
-    bool x_is_packed; // else x points into the batch's own float32 row, or no part needs it
+    const float* x;
+    int64_t stride;
     float* inputs[MAX_PARTS];
 };
 
@@ -105,12 +108,16 @@ struct Operations {
     int32_t lanes; // widest tile that this instruction set's registers hold
     // to[columns from .. end][lanes] = the tile's rows of x in float32, times `factors` unless nullptr
     void (*pack)(const Tile&, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to);
-    // line i of `tile.inputs[part]`
-    void (*project)(const Tile&, int64_t part, int64_t line, float* scratch);
+    // line i of `lines` of `tile.inputs[part]`
+    void (*project)(const Tile&, int64_t part, int64_t line, int64_t lines, float* scratch);
+    // how many rows of x a call of `product` may have: their part of the L2 cache
+    int64_t (*pass_rows)(int64_t width);
     // y[all rows, from .. to] = x @ weight[from .. to].T + bias, x [y.rows, width] in float32
     void (*product)(const Layer&, const float* x, int64_t x_stride, const Matrix& y, int64_t from, int64_t to);
-    // y[the tiles' rows, from .. to] += delta, for up to MAX_GROUP tiles of one variant and at most PANEL columns of y
-    void (*panel)(const Tile* tiles, int64_t count, int64_t from, int64_t to, const Matrix& y, float* scratch);
+    // y[the tile's rows, from .. to] += delta, for a tile with one lane
+    void (*add_by_rows)(const Tile&, int64_t from, int64_t to, const Matrix& y, float* scratch);
+    // the same for up to MAX_GROUP tiles with lanes, of one variant
+    void (*add_by_lanes)(const Tile* tiles, int64_t count, int64_t from, int64_t to, const Matrix& y, float* scratch);
     // y[row, from .. to] += addend[from .. to]
     void (*add)(const Matrix& y, int64_t row, int64_t from, int64_t to, const float* addend);
     // y [width] = (weight + offset) * x / root(mean(x * x) + epsilon)

@@ -1,5 +1,5 @@
-// See linear.h. The work is cut by output rows: a thread has a range of them, computes the base's product for some, then adds
-// what each variant's tiles of the batch get, while these outputs are in the nearest cache.
+// See linear.h. The work is cut by output rows: a thread has a range of them, computes the base's product for some of them and
+// some rows of the batch, then adds what each variant's tiles get, while inputs and outputs are in the nearest caches.
 #include "linear.h"
 #include "workspace.h"
 
@@ -15,9 +15,9 @@ constexpr int64_t STRIP_BYTES = 512 << 10; // of the base's weight before the de
 constexpr int64_t PRIVATE_FLOATS = 1 << 20;   // up to so many each thread packs for itself: another core's are far away
 constexpr double PRIVATE_PRODUCTS = 1 << 18;   // and up to so many products each thread projects for itself
 
-// Consecutive tiles of one variant, counted from the wave's first.
+// Consecutive tiles of one variant that are added together, counted from the wave's first; after which pass over the batch.
 struct Group {
-    int64_t first, count;
+    int64_t first, count, pass;
 };
 
 // A layer of the call, its part of y, its tiles and groups in the workspace.
@@ -66,8 +66,10 @@ int64_t value_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 // Some of the planned layers with some of their tiles.
 class Wave {
   public:
-    Wave(const Operations& operations, const Matrix& x, const Segments& segments, Planned* layers, int64_t count, bool first)
-        : operations(operations), x(x), segments(segments), layers(layers), count(count), first(first) {
+    // `wide`: x in float32
+    Wave(const Operations& operations, const Matrix& x, const Matrix& wide, const Segments& segments, Planned* layers, int64_t count, bool first)
+        : operations(operations), x(x), wide(wide), segments(segments), layers(layers), count(count),
+          pass_rows(operations.pass_rows(x.width)), first(first) {
         const int64_t first_tile = layers[0].first_tile;
         tile_count = layers[count - 1].first_tile + layers[count - 1].tiles - first_tile;
         tiles = workspace.tiles.data() + first_tile;
@@ -92,8 +94,7 @@ class Wave {
         for (int64_t i = 0; i < tile_count * copies; ++i) memory += lay_out(tiles[i], memory);
     }
 
-    // `wide`: x in float32, for the base's product
-    void run(const float* wide, int64_t wide_stride) const {
+    void run() const {
         if (!is_private) prepare_together();
         int64_t units = 0;
         for (int64_t i = 0; i < count; ++i) units += units_of(layers[i]);
@@ -103,7 +104,7 @@ class Wave {
             int64_t before = 0;
             for (int64_t i = 0; i < count; before += units_of(layers[i]), ++i) {
                 const int64_t from = std::max<int64_t>(begin - before, 0), to = std::min(end - before, units_of(layers[i]));
-                if (from < to) rows(layers[i], own, from * unit, std::min(to * unit, layers[i].rows), wide, wide_stride, thread);
+                if (from < to) rows(layers[i], own, from * unit, std::min(to * unit, layers[i].rows), thread);
             }
         });
     }
@@ -146,30 +147,35 @@ class Wave {
             return at;
         };
         const Part* parts = tile.delta->parts;
-        const bool unscaled = !std::all_of(parts, parts + tile.delta->count, has_factors);
-        tile.x_is_packed = unscaled && (tile.lanes > 1 || x.dtype != Dtype::float32);
-        if (tile.x_is_packed) tile.x = take(tile.lanes * x.width);
-        else tile.x = static_cast<float*>(x.data) + tile.rows[0] * x.stride;
+        float* packed = packs_x(tile) ? take(tile.lanes * x.width) : nullptr;
+        tile.x = packed ? packed : static_cast<float*>(wide.data);
+        tile.stride = wide.stride;
         for (int64_t p = 0; p < tile.delta->count; ++p)
-            if (has_factors(parts[p])) tile.inputs[p] = take(tile.lanes * x.width);
-            else if (projections(parts[p])) tile.inputs[p] = take(projections(parts[p]) * tile.lanes);
-            else tile.inputs[p] = tile.x;
+            if (packs_products(tile, p)) tile.inputs[p] = take(tile.lanes * x.width);
+            else if (projections(parts[p])) tile.inputs[p] = take(projections(parts[p]) * std::max(tile.lanes, tile.count));
+            else tile.inputs[p] = packed;
         return taken;
+    }
+
+    static bool packs_products(const Tile& tile, int64_t p) { return tile.lanes > 1 && has_factors(tile.delta->parts[p]); }
+
+    static bool packs_x(const Tile& tile) {
+        return tile.lanes > 1 && !std::all_of(tile.delta->parts, tile.delta->parts + tile.delta->count, has_factors);
     }
 
     void count_work(const Tile& tile) {
         int64_t lines = 0;
-        packed_floats += tile.x_is_packed ? tile.lanes * x.width : 0;
+        packed_floats += packs_x(tile) ? tile.lanes * x.width : 0;
         for (int64_t p = 0; p < tile.delta->count; ++p) {
             const Part& part = tile.delta->parts[p];
             lines += projections(part);
-            packed_floats += has_factors(part) ? tile.lanes * x.width : 0;
+            packed_floats += packs_products(tile, p) ? tile.lanes * x.width : 0;
             if (part.kind == Kind::sparse && part.block > unit) unit = PANEL;
         }
         most_projections = std::max(most_projections, lines);
-        products += double(lines) * double(tile.lanes) * double(x.width);
+        products += double(lines) * double(std::max(tile.lanes, tile.count)) * double(x.width);
         scratch_size = std::max(scratch_size, aligned(scratch_floats(*tile.delta)));
-        cycles += tile.delta->cycles * (tile.lanes == 1 ? 1 : tile.lanes * 0.5);
+        cycles += tile.delta->cycles * (tile.lanes == 1 ? (1 + tile.count) * 0.5 : tile.lanes * 0.5);
     }
 
     void group(Planned& planned, int64_t first_tile) const {
@@ -177,32 +183,34 @@ class Wave {
         planned.first_group = int64_t(all.size());
         for (int64_t i = 0; i < planned.tiles; ++i) {
             const int64_t tile = planned.first_tile - first_tile + i;
-            const bool more = i && tiles[tile].delta == tiles[tile - 1].delta && all.back().count < MAX_GROUP;
-            if (more) ++all.back().count;
-            else all.push_back({tile, 1});
+            const bool more = i && tiles[tile].lanes > 1 && tiles[tile].delta == tiles[tile - 1].delta && tiles[tile - 1].lanes > 1 &&
+                              all.back().count < MAX_GROUP;
+            const int64_t pass = tiles[tile].rows[tiles[tile].count - 1] / pass_rows; // of its last row
+            if (more) ++all.back().count, all.back().pass = pass;
+            else all.push_back({tile, 1, pass});
         }
         planned.groups = int64_t(all.size()) - planned.first_group;
+        std::stable_sort(all.begin() + planned.first_group, all.end(), [](const Group& a, const Group& b) { return a.pass < b.pass; });
     }
 
     void pack(const Tile& tile, int64_t from) const {
         const int64_t end = std::min(from + PACK_COLUMNS, x.width);
-        if (tile.x_is_packed) operations.pack(tile, x, nullptr, from, end, tile.x);
+        if (packs_x(tile)) operations.pack(tile, x, nullptr, from, end, const_cast<float*>(tile.x));
         for (int64_t p = 0; p < tile.delta->count; ++p)
-            if (has_factors(tile.delta->parts[p]))
+            if (packs_products(tile, p))
                 operations.pack(tile, x, tile.delta->parts[p].factors, from, end, tile.inputs[p]);
     }
 
     void project(const Tile& tile, int64_t line, int thread) const {
         for (int64_t p = 0; p < tile.delta->count; ++p) {
             const int64_t own = projections(tile.delta->parts[p]);
-            if (line < own) return operations.project(tile, p, line, scratch + thread * scratch_size);
+            if (line < own) return operations.project(tile, p, line, own, scratch + thread * scratch_size);
             line -= own;
         }
     }
 
     // Output rows from .. to of one layer.
-    void rows(const Planned& planned, const Tile* own_tiles, int64_t from, int64_t to, const float* wide, int64_t wide_stride,
-              int thread) const {
+    void rows(const Planned& planned, const Tile* own_tiles, int64_t from, int64_t to, int thread) const {
         const Layer& layer = *planned.layer;
         const bool base = layer.weight && first;
         const Group *begin = groups + planned.first_group, *end = begin + planned.groups;
@@ -214,16 +222,27 @@ class Wave {
                 if (strip < delta.rows) fetch_rows(delta, strip, std::min(next, delta.rows));
             }
             const int64_t own = std::min(next, layer.rows);
-            if (base && strip < own) operations.product(layer, wide, wide_stride, planned.y, strip, own);
-            for (const Group* group = begin; group != end; ++group) {
-                const Tile* tile = own_tiles + group->first;
-                const int64_t last = std::min(next, tile->delta->rows);
-                for (int64_t row = strip; row < last; row += PANEL)
-                    operations.panel(tile, group->count, row, std::min<int64_t>(row + PANEL, last), planned.y,
-                                     scratch + thread * scratch_size);
+            const Group* group = begin;
+            for (int64_t row = 0, pass = 0; row < x.rows; row += pass_rows, ++pass) {
+                if (base && strip < own) product_of_pass(planned, row, strip, own);
+                for (; group != end && group->pass == pass; ++group)
+                    add_group(planned, own_tiles + group->first, group->count, strip, next, scratch + thread * scratch_size);
             }
             if (layer.biases && first && strip < own) add_biases(planned, strip, own);
         }
+    }
+
+    void product_of_pass(const Planned& planned, int64_t row, int64_t from, int64_t to) const {
+        Matrix y = planned.y;
+        y.data = static_cast<char*>(y.data) + row * y.stride * value_bytes(y.dtype);
+        y.rows = std::min(pass_rows, x.rows - row);
+        operations.product(*planned.layer, static_cast<const float*>(wide.data) + row * wide.stride, wide.stride, y, from, to);
+    }
+
+    void add_group(const Planned& planned, const Tile* tiles, int64_t count, int64_t from, int64_t to, float* own_scratch) const {
+        to = std::min(to, tiles->delta->rows);
+        if (tiles->lanes == 1) operations.add_by_rows(*tiles, from, to, planned.y, own_scratch);
+        else operations.add_by_lanes(tiles, count, from, to, planned.y, own_scratch);
     }
 
     void add_biases(const Planned& planned, int64_t from, int64_t to) const {
@@ -236,10 +255,11 @@ class Wave {
     }
 
     const Operations& operations;
-    const Matrix& x;
+    const Matrix &x, &wide;
     const Segments& segments;
     Planned* layers;
     int64_t count;
+    int64_t pass_rows;
     bool first; // of the waves over these layers: the one that computes the base's product and adds biases
     // taken from the workspace here, because a worker's workspace is another
     Tile* tiles = nullptr;
@@ -266,7 +286,7 @@ Error plan(const Operations& operations, const Layer& layer, const Matrix& x, co
         planned.rows = std::max(planned.rows, run.delta->rows);
     }
     planned.first_tile = int64_t(workspace.tiles.size());
-    cut(batch, operations.lanes, workspace.tiles);
+    cut(batch, operations.lanes, operations.pass_rows(x.width), workspace.tiles);
     planned.tiles = int64_t(workspace.tiles.size()) - planned.first_tile;
     return Error::none;
 }
@@ -292,16 +312,15 @@ Error linear(const Operations& operations, const Layer* layers, int64_t count, c
         base = base || layers[i].weight;
         if (Error error = plan(operations, layers[i], x, segments, own.batches[i], planned); error != Error::none) return error;
     }
-    const float* wide = static_cast<const float*>(x.data);
-    int64_t wide_stride = x.stride;
-    if (base && x.dtype != Dtype::float32) {
+    Matrix wide = x;
+    if ((base || !own.tiles.empty()) && x.dtype != Dtype::float32) {
         float* rows = own.wide.reserve(x.rows * x.width);
         for (int64_t row = 0; row < x.rows; ++row) operations.widen(x, row, rows + row * x.width);
-        wide = rows, wide_stride = x.width;
+        wide = {rows, x.width, x.rows, x.width, Dtype::float32, 0};
     }
     const int64_t most = std::max<int64_t>(1, WAVE_FLOATS / std::max<int64_t>(1, x.width * MAX_LANES));
     if (int64_t(own.tiles.size()) <= most) {
-        Wave(operations, x, segments, own.layers.data(), count, true).run(wide, wide_stride);
+        Wave(operations, x, wide, segments, own.layers.data(), count, true).run();
         return Error::none;
     }
     for (Planned& planned : own.layers) { // a long prefill: layer after layer, some tiles at a time
@@ -309,7 +328,7 @@ Error linear(const Operations& operations, const Layer* layers, int64_t count, c
         bool first = true;
         do {
             planned.tiles = std::min(most, last - planned.first_tile);
-            Wave(operations, x, segments, &planned, 1, first).run(wide, wide_stride);
+            Wave(operations, x, wide, segments, &planned, 1, first).run();
             planned.first_tile += planned.tiles;
             first = false;
         } while (planned.first_tile < last);

@@ -44,6 +44,16 @@ inline void decode_columns(const Part& part, int64_t from, int64_t to, float* va
     });
 }
 
+// sums[t][.. to - from] += b[from .. to] @ inputs[t] for some rows of the batch
+inline void low_rank_rows(const Part& part, int64_t from, int64_t to, const float* inputs, int64_t count, float* const* sums, float* scratch) {
+    if (count == 1) return low_rank_single(part, from, to, inputs, sums[0]);
+    const float* x[MAX_TILE_ROWS];
+    for (int64_t t = 0; t < count; ++t) x[t] = inputs + t * part.kept;
+    decode_columns(part, from, to, scratch);
+    for (int64_t row = from; row < to; row += CHUNK)
+        add_chunk<ROWS_T>(scratch + row - from, PANEL, part.kept, Ascending{}, x, count, sums, row - from);
+}
+
 // sums[rows][lanes] += b @ inputs [r][lanes], b as decode_columns gives it
 template <class F> void low_rank_tile(int64_t rank, int64_t rows, const float* values, const float* inputs, float* sums) {
     for (int64_t row = 0; row < rows; ++row, sums += F::lanes) {

@@ -21,6 +21,7 @@
 #define DELTASERVE_NATIVE 4
 #include "simd_generic.h"
 #endif
+#define UNROLLED _Pragma("GCC unroll 8")
 #include "codes.h"
 #include "values.h"
 #include "sparse.h"
@@ -58,36 +59,30 @@ void pack_tile(const Tile& tile, const Matrix& x, const float* factors, int64_t 
     }
 }
 
-template <class T>
-void pack_single(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
-    const T* row = row_of<T>(x, tile.rows[0]);
-    if (factors)
-        for (int64_t column = from; column < end; ++column) to[column] = to_float(row[column]) * factors[column];
-    else
-        for (int64_t column = from; column < end; ++column) to[column] = to_float(row[column]);
-}
-
 void pack(const Tile& tile, const Matrix& x, const float* factors, int64_t from, int64_t end, float* to) {
-    with_dtype(x.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        if (tile.lanes == 1) pack_single<T>(tile, x, factors, from, end, to);
-        else pack_tile<T>(tile, x, factors, from, end, to);
-    });
+    with_dtype(x.dtype, [&](auto* type) { pack_tile<std::remove_pointer_t<decltype(type)>>(tile, x, factors, from, end, to); });
 }
 
-void project(const Tile& tile, int64_t p, int64_t line, float* scratch) {
+void project(const Tile& tile, int64_t p, int64_t line, int64_t lines, float* scratch) {
     const Part& part = tile.delta->parts[p];
-    float* sums = tile.inputs[p] + line * tile.lanes;
-    for (int t = 0; t < tile.lanes; ++t) sums[t] = 0;
     const float* values = part.mean;
     if (part.kind == Kind::low_rank) {
         decode_line(part.a, line, scratch);
         values = scratch;
     }
-    dot(values, tile.delta->width, tile.x, tile.lanes, sums);
+    if (tile.lanes > 1) {
+        float* sums = tile.inputs[p] + line * tile.lanes;
+        memset(sums, 0, tile.lanes * sizeof(float));
+        return dot(values, tile.delta->width, tile.x, tile.lanes, sums);
+    }
+    for (int t = 0; t < tile.count; ++t) {
+        float* sum = tile.inputs[p] + t * lines + line;
+        *sum = 0;
+        dot(values, tile.delta->width, tile.x + tile.rows[t] * tile.stride, 1, sum);
+    }
 }
 
-// Rows from .. to of one delta for several tiles of it: what is decoded once serves them all.
+// Rows from .. to of one delta for several tiles with lanes: what is decoded once serves them all.
 struct Panel {
     const Tile* tiles;
     int64_t count;
@@ -109,10 +104,6 @@ void sparse_tiles(const Panel& panel, const Part& part, int64_t p, int64_t first
     for (int64_t i = 0; i < panel.count; ++i) {
         const Tile& tile = panel.tiles[i];
         float* sums = panel.sums_of(i, panel.from);
-        if (tile.lanes == 1) {
-            sparse_single(part, first, blocks, tile.inputs[p], sums);
-            continue;
-        }
         if (!decoded) decode_lines(part.a, first, blocks, panel.scratch);
         decoded = true;
         if (tile.lanes == 8) sparse_tile<F8, Column>(part, first, blocks, panel.scratch, tile.inputs[p], sums);
@@ -131,10 +122,6 @@ void add_low_rank(const Panel& panel, const Part& part, int64_t p) {
     for (int64_t i = 0; i < panel.count; ++i) {
         const Tile& tile = panel.tiles[i];
         float* sums = panel.sums_of(i, panel.from);
-        if (tile.lanes == 1) {
-            low_rank_single(part, panel.from, panel.to, tile.inputs[p], sums);
-            continue;
-        }
         if (!decoded) decode_columns(part, panel.from, panel.to, panel.scratch);
         decoded = true;
         if (tile.lanes == 8) low_rank_tile<F8>(part.kept, panel.to - panel.from, panel.scratch, tile.inputs[p], sums);
@@ -148,8 +135,6 @@ void add_line(const Panel& panel, const Part& part, int64_t line, int64_t row) {
         panel.add_product(row, panel.scratch, part.a.length, i, panel.tiles[i].x);
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; } // not std's: see the head of this file
-
 // What every row from .. to gets, in the tiles' sums.
 void add_mean(const Panel& panel, int64_t p, int64_t from, int64_t to) {
     for (int64_t i = 0; i < panel.count; ++i) {
@@ -160,7 +145,30 @@ void add_mean(const Panel& panel, int64_t p, int64_t from, int64_t to) {
     }
 }
 
-void add_rows(const Panel& panel, const Part& part, int64_t p) {
+// Rows from .. to of one delta for a tile with one lane.
+struct RowPanel {
+    RowPanel(const Tile& tile, int64_t from, int64_t to, float* scratch) : tile(tile), from(from), to(to), scratch(scratch) {}
+
+    const Tile& tile;
+    int64_t from, to;
+    float* scratch; // for decoded values
+    const float* x[MAX_TILE_ROWS];
+    float* sums[MAX_TILE_ROWS]; // [to - from] each
+};
+
+void add_line(const RowPanel& panel, const Part& part, int64_t line, int64_t row) {
+    decode_line(part.a, line, panel.scratch);
+    for (int t = 0; t < panel.tile.count; ++t) dot(panel.scratch, part.a.length, panel.x[t], 1, panel.sums[t] + row - panel.from);
+}
+
+void add_mean(const RowPanel& panel, int64_t p, int64_t from, int64_t to) {
+    for (int t = 0; t < panel.tile.count; ++t)
+        for (int64_t row = from; row < to; ++row) panel.sums[t][row - panel.from] += panel.tile.inputs[p][t];
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; } // not std's: see the head of this file
+
+template <class AnyPanel> void add_rows(const AnyPanel& panel, const Part& part, int64_t p) {
     const int64_t mean_end = part.mean ? least(panel.to, part.mean_rows) : 0;
     int64_t row = panel.from;
     for (int64_t next = first_at_or_after(part.ids, part.kept, row); row < panel.to; ++row, ++next) {
@@ -174,37 +182,87 @@ void add_rows(const Panel& panel, const Part& part, int64_t p) {
 // y[tile's rows, from .. to] += sums [to - from, lanes], rounded once
 void add_sums_to_rows(const Tile& tile, const Matrix& y, int64_t from, int64_t to, const float* sums) {
     float turned[MAX_LANES][PANEL];
-    if (tile.lanes > 1)
-        for (int t = 0; t < tile.lanes; t += 4)
-            for (int r = 0; r < PANEL; r += 4) {
-                Four square[4];
-                for (int i = 0; i < 4; ++i) square[i] = load4(sums + (r + i) * tile.lanes + t);
-                transpose4(square);
-                for (int i = 0; i < 4; ++i) memcpy(&turned[t + i][r], &square[i], sizeof(Four));
-            }
+    for (int t = 0; t < tile.lanes; t += 4)
+        for (int r = 0; r < PANEL; r += 4) {
+            Four square[4];
+            for (int i = 0; i < 4; ++i) square[i] = load4(sums + (r + i) * tile.lanes + t);
+            transpose4(square);
+            for (int i = 0; i < 4; ++i) memcpy(&turned[t + i][r], &square[i], sizeof(Four));
+        }
     with_dtype(y.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        for (int t = 0; t < tile.count; ++t)
-            add_to_row(row_of<T>(y, tile.rows[t]) + from, tile.lanes > 1 ? turned[t] : sums, to - from);
+        for (int t = 0; t < tile.count; ++t) add_to_row(row_of<T>(y, tile.rows[t]) + from, turned[t], to - from);
     });
 }
 
-void add_panel(const Tile* tiles, int64_t count, int64_t from, int64_t to, const Matrix& y, float* scratch) {
-    const Delta& delta = *tiles->delta;
-    const Panel panel{tiles, count, from, to, scratch, scratch + count * PANEL * MAX_LANES};
-    for (int64_t i = 0; i < count; ++i) memset(panel.sums_of(i, from), 0, PANEL * tiles[i].lanes * sizeof(float));
+void add_panel(const Panel& panel, const Matrix& y) {
+    const Delta& delta = *panel.tiles->delta;
+    for (int64_t i = 0; i < panel.count; ++i) memset(panel.sums_of(i, panel.from), 0, PANEL * panel.tiles[i].lanes * sizeof(float));
     for (int64_t p = 0; p < delta.count; ++p) {
         const Part& part = delta.parts[p];
         switch (part.kind) {
             case Kind::sparse: add_sparse(panel, part, p); break;
             case Kind::low_rank: add_low_rank(panel, part, p); break;
             case Kind::dense:
-                for (int64_t row = from; row < to; ++row) add_line(panel, part, row, row);
+                for (int64_t row = panel.from; row < panel.to; ++row) add_line(panel, part, row, row);
                 break;
             case Kind::rows: add_rows(panel, part, p); break;
         }
     }
-    for (int64_t i = 0; i < count; ++i) add_sums_to_rows(tiles[i], y, from, to, panel.sums_of(i, from));
+    for (int64_t i = 0; i < panel.count; ++i)
+        add_sums_to_rows(panel.tiles[i], y, panel.from, panel.to, panel.sums_of(i, panel.from));
+}
+
+void add_by_lanes(const Tile* tiles, int64_t count, int64_t from, int64_t to, const Matrix& y, float* scratch) {
+    for (int64_t row = from; row < to; row += PANEL)
+        add_panel({tiles, count, row, least(row + PANEL, to), scratch, scratch + count * PANEL * MAX_LANES}, y);
+}
+
+// Whether rows of y can be summed up where they are: nothing to round, and no part computes rows beyond them.
+bool adds_in_place(const Delta& delta, int64_t rows, const Matrix& y) {
+    for (int64_t p = 0; p < delta.count; ++p)
+        if (rows % CHUNK || (delta.parts[p].kind == Kind::sparse && rows % delta.parts[p].block)) return false;
+    return y.dtype == Dtype::float32;
+}
+
+void add_parts(const RowPanel& panel) {
+    const Delta& delta = *panel.tile.delta;
+    for (int64_t p = 0; p < delta.count; ++p) {
+        const Part& part = delta.parts[p];
+        switch (part.kind) {
+            case Kind::sparse: {
+                const int64_t first = panel.from / part.block, blocks = (panel.to - 1) / part.block + 1 - first;
+                sparse_rows(part, first, blocks, panel.x, panel.tile.count, panel.sums, panel.scratch);
+                break;
+            }
+            case Kind::low_rank:
+                low_rank_rows(part, panel.from, panel.to, panel.tile.inputs[p], panel.tile.count, panel.sums, panel.scratch);
+                break;
+            case Kind::dense:
+                for (int64_t row = panel.from; row < panel.to; ++row) add_line(panel, part, row, row);
+                break;
+            case Kind::rows: add_rows(panel, part, p); break;
+        }
+    }
+}
+
+void add_by_rows(const Tile& tile, int64_t from, int64_t to, const Matrix& y, float* scratch) {
+    RowPanel panel(tile, from, to, scratch + MAX_TILE_ROWS * PANEL);
+    for (int t = 0; t < tile.count; ++t) panel.x[t] = tile.x + tile.rows[t] * tile.stride;
+    for (; panel.from < to; panel.from = panel.to) {
+        panel.to = least(panel.from + PANEL, to);
+        const int64_t rows = panel.to - panel.from;
+        const bool in_place = adds_in_place(*tile.delta, rows, y);
+        for (int t = 0; t < tile.count; ++t)
+            panel.sums[t] = in_place ? row_of<float>(y, tile.rows[t]) + panel.from : scratch + t * PANEL;
+        if (!in_place) memset(scratch, 0, tile.count * PANEL * sizeof(float));
+        add_parts(panel);
+        if (in_place) continue;
+        with_dtype(y.dtype, [&](auto* type) {
+            using T = std::remove_pointer_t<decltype(type)>;
+            for (int t = 0; t < tile.count; ++t) add_to_row(row_of<T>(y, tile.rows[t]) + panel.from, panel.sums[t], rows);
+        });
+    }
 }
 
 void add(const Matrix& y, int64_t row, int64_t from, int64_t to, const float* addend) {
@@ -351,7 +409,7 @@ constexpr int LANES = DELTASERVE_ROWS == 16 ? 16 : 8;
 #define DELTASERVE_NAME(isa) DELTASERVE_TEXT(isa)
 
 const Operations DELTASERVE_TABLE(DELTASERVE_ISA) = {
-    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, product, add_panel, add, rms_norm, widen, embed, swap_in, swap_out,
+    DELTASERVE_NAME(DELTASERVE_ISA), LANES, pack, project, pass_rows, product, add_by_rows, add_by_lanes, add, rms_norm, widen, embed, swap_in, swap_out,
     attend, merge, finish, rotate, gate_by_silu,
 };
 

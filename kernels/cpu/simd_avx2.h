@@ -99,11 +99,10 @@ template <Codec C> inline F16 decode(const uint8_t* p) {
     } else if constexpr (C == Codec::int2) {
         int32_t bits;
         memcpy(&bits, p, 4);
-        // the lookup reads three bits: two of this code and one of the next, so the table holds each level twice
+        const __m256i codes = _mm256_set1_epi32(bits); // the lookup reads the lowest two bits of each
         const __m256 levels = _mm256_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f);
-        const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-        return pair(_mm256_permutevar8x32_ps(levels, _mm256_srlv_epi32(_mm256_set1_epi32(bits), shifts)),
-                    _mm256_permutevar8x32_ps(levels, _mm256_srlv_epi32(_mm256_set1_epi32(bits >> 16), shifts)));
+        auto half = [&](__m256i shifts) { return _mm256_permutevar_ps(levels, _mm256_srlv_epi32(codes, shifts)); };
+        return pair(half(_mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14)), half(_mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30)));
     } else if constexpr (C == Codec::sign) {
         const __m256i masks = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         auto half = [&](uint8_t bits) {

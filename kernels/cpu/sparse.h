@@ -1,5 +1,6 @@
 // The sparse part. One row of the batch: values are decoded in registers and meet the broadcast input (V >= 16) or the
-// gathered inputs (V < 16) of their columns. Several rows: a block is decoded once, then lanes run over the rows.
+// gathered inputs (V < 16) of their columns. Several rows: a block is decoded once, then vectors run over its rows (V >= 16) or
+// over those of the batch.
 #pragma once
 
 #include "delta.h"
@@ -7,40 +8,71 @@
 namespace deltaserve {
 namespace {
 
+// Some columns of a block, V >= 16: total[i] += chunk i of their values times scale * x[column] (* its factor). Every other
+// column has a chain of sums of its own, which hides the latency of the addition.
+template <Codec C, int across, bool has_factors, class Column>
+inline const uint8_t* add_columns(const uint8_t* values, const Column* columns, int64_t count, float scale, const float* x, const float* factors,
+                                  F16 (&total)[across][2]) {
+    auto column = [&](int64_t k, int chain) {
+        float input = x[columns[k]];
+        if constexpr (has_factors) input *= factors[columns[k]];
+        if constexpr (has_scales<C>) input *= scale;
+        const F16 inputs = broadcast<F16>(input);
+        UNROLLED for (int i = 0; i < across; ++i, values += chunk_bytes<C>)
+            total[i][chain] = fused(decode<C>(values), inputs, total[i][chain]);
+    };
+    int64_t k = 0;
+    for (; k + 1 < count; k += 2) {
+        column(k, 0);
+        column(k + 1, 1);
+    }
+    if (k < count) column(k, 0);
+    return values;
+}
+
+// The same where a column's chunks differ in their scales.
+template <Codec C, int across, class Column>
+inline void add_scaled_columns(const uint8_t* values, const Column* columns, int64_t count, Scales& scales, const float* x,
+                               const float* factors, F16 (&total)[across][2]) {
+    for (int64_t k = 0; k < count; ++k) {
+        const F16 inputs = broadcast<F16>(x[columns[k]] * (factors ? factors[columns[k]] : 1));
+        for (int i = 0; i < across; ++i, values += chunk_bytes<C>)
+            total[i][0] = fused(multiply(decode<C>(values), scales.next(CHUNK)), inputs, total[i][0]);
+    }
+}
+
 // sums[V * b + v] += sum over k of x[columns[b, k]] * values[b, k, v], V >= 16
-template <Codec C, int V, class Column>
+template <Codec C, int V, bool has_factors, class Column>
 void sparse_wide(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums) {
     constexpr int across = V / CHUNK;
     const int64_t kept = part.kept;
-    const bool one_scale = part.a.group % V == 0; // each column has one scale, not one a chunk
+    const bool one_scale = !has_scales<C> || part.a.group % V == 0; // each column has one scale, not one a chunk
     Scales scales(part.a, first);
     const F16 gain = broadcast<F16>(part.gain);
-    for (int64_t b = first; b < first + blocks; ++b, sums += V) {
-        const uint8_t* p = part.a.data + b * part.a.line_bytes;
-        const Column* columns = static_cast<const Column*>(part.columns) + b * kept;
-        F16 total[across][2]; // two chains of sums hide the latency of the addition
-        for (auto& chunk : total) chunk[0] = chunk[1] = zero<F16>();
-        auto column = [&](int64_t k, int chain) {
-            float input = x[columns[k]];
-            if (has_scales<C> && one_scale) input *= scales.shared(V);
-            F16 inputs = broadcast<F16>(input);
-            for (int i = 0; i < across; ++i, p += chunk_bytes<C>) {
-                F16 values = decode<C>(p);
-                if (has_scales<C> && !one_scale) values = multiply(values, scales.next(CHUNK));
-                total[i][chain] = fused(values, inputs, total[i][chain]);
+    const Column* columns = static_cast<const Column*>(part.columns) + first * kept;
+    for (int64_t b = first; b < first + blocks; ++b, columns += kept, sums += V) {
+        const uint8_t* values = part.a.data + b * part.a.line_bytes;
+        F16 total[across][2];
+        UNROLLED for (int i = 0; i < across; ++i) total[i][0] = total[i][1] = zero<F16>();
+        if (one_scale)
+            for (int64_t k = 0; k < kept;) {
+                int64_t count = kept - k;
+                const float scale = has_scales<C> ? scales.shared(V, count) : 1;
+                values = add_columns<C, across, has_factors>(values, columns + k, count, scale, x, part.factors, total);
+                k += count;
             }
-        };
-        int64_t k = 0;
-        for (; k + 1 < kept; k += 2) {
-            column(k, 0);
-            column(k + 1, 1);
-        }
-        if (k < kept) column(k, 0);
-        for (int i = 0; i < across; ++i) {
+        else
+            add_scaled_columns<C>(values, columns, kept, scales, x, part.factors, total);
+        UNROLLED for (int i = 0; i < across; ++i) {
             float* at = sums + CHUNK * i;
             store(at, fused(add(total[i][0], total[i][1]), gain, load<F16>(at)));
         }
     }
+}
+
+template <Codec C, int V, class Column> void sparse_wide(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums) {
+    if (part.factors) sparse_wide<C, V, true, Column>(part, first, blocks, x, sums);
+    else sparse_wide<C, V, false, Column>(part, first, blocks, x, sums);
 }
 
 // The same for V < 16: a chunk holds the values of 16 / V columns.
@@ -57,6 +89,7 @@ void sparse_narrow(const Part& part, int64_t first, int64_t blocks, const float*
             F16 values = decode<C>(p);
             if constexpr (has_scales<C>) values = multiply(values, scales.next(n));
             F16 products = multiply(values, gather<V>(x, columns));
+            if (part.factors) products = multiply(products, gather<V>(part.factors, columns));
             p += chunk_bytes<C>;
             columns += CHUNK / V;
             return products;
@@ -81,7 +114,7 @@ template <Codec C, class Column> SparseSingle sparse_single_for(int block) {
     }
 }
 
-// Blocks first .. first + blocks for one row of the batch; x [in] with `factors` multiplied in.
+// Blocks first .. first + blocks for one row of the batch.
 inline void sparse_single(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums) {
     if (part.wide_columns) // inputs beyond 65536 are rare: layout.py stores such values as float32
         return sparse_single_for<Codec::float32, int32_t>(part.block)(part, first, blocks, x, sums);
@@ -93,11 +126,13 @@ inline void sparse_single(const Part& part, int64_t first, int64_t blocks, const
 template <class Column> void multiply_factors(const Part& part, const Column* columns, float* values) {
     for (int64_t k = 0; k < part.kept; ++k, values += part.block) {
         const float factor = part.factors ? part.factors[columns[k]] : part.gain;
-        for (int v = 0; v < part.block; ++v) values[v] *= factor;
+        int v = 0;
+        for (; v + CHUNK <= part.block; v += CHUNK) store(values + v, multiply(load<F16>(values + v), broadcast<F16>(factor)));
+        for (; v < part.block; ++v) values[v] *= factor;
     }
 }
 
-// float32 [kept, V] of a block, factors multiplied in: for embeddings and swaps; products have the factors in their x.
+// float32 [kept, V] of a block, factors multiplied in.
 inline void decode_block(const Part& part, int64_t block, float* values) {
     decode_line(part.a, block, values);
     if (part.wide_columns)
@@ -106,9 +141,54 @@ inline void decode_block(const Part& part, int64_t block, float* values) {
         multiply_factors(part, static_cast<const uint16_t*>(part.columns) + block * part.kept, values);
 }
 
-// sums [R, lanes] += R of the V rows of a block; x [in, lanes]
+constexpr int ROWS_T = DELTASERVE_ROWS == 16 ? 8 : DELTASERVE_ROWS == 8 ? 6 : 2; // rows of the batch whose sums the registers hold
+
+// The columns of a matrix that keeps all of them.
+struct Ascending {
+    int64_t operator[](int64_t k) const { return k; }
+};
+
+// sums[t][at .. at + CHUNK] += sum over k of values[k * step ..] * x[t][columns[k]] for `count` rows of the batch, T at a time and
+// what is left over fewer at a time.
+template <int T, class Columns>
+void add_chunk(const float* values, int64_t step, int64_t kept, Columns columns, const float* const* x, int64_t count, float* const* sums,
+               int64_t at) {
+    for (; count >= T; count -= T, x += T, sums += T) {
+        const float* rows[T];
+        F16 total[T];
+        UNROLLED for (int t = 0; t < T; ++t) rows[t] = x[t], total[t] = zero<F16>();
+        const float* value = values;
+        for (int64_t k = 0; k < kept; ++k, value += step) {
+            const int64_t column = columns[k];
+            const F16 own = load<F16>(value);
+            UNROLLED for (int t = 0; t < T; ++t) total[t] = fused(own, broadcast<F16>(rows[t][column]), total[t]);
+        }
+        UNROLLED for (int t = 0; t < T; ++t) store(sums[t] + at, add(load<F16>(sums[t] + at), total[t]));
+    }
+    if constexpr (T > 1)
+        if (count) add_chunk<T - 1>(values, step, kept, columns, x, count, sums, at);
+}
+
+// sums[t] [V * blocks] += blocks first .. first + blocks, V >= 16, for `count` rows of the batch
+template <class Column>
+void sparse_rows(const Part& part, int64_t first, int64_t blocks, const float* const* x, int64_t count, float* const* sums, float* scratch) {
+    const Column* columns = static_cast<const Column*>(part.columns) + first * part.kept;
+    for (int64_t b = 0; b < blocks; ++b, columns += part.kept) {
+        decode_block(part, first + b, scratch);
+        for (int v = 0; v < part.block; v += CHUNK)
+            add_chunk<ROWS_T>(scratch + v, part.block, part.kept, columns, x, count, sums, b * part.block + v);
+    }
+}
+
+inline void sparse_rows(const Part& part, int64_t first, int64_t blocks, const float* const* x, int64_t count, float* const* sums, float* scratch) {
+    if (count == 1) sparse_single(part, first, blocks, x[0], sums[0]);
+    else if (part.wide_columns) sparse_rows<int32_t>(part, first, blocks, x, count, sums, scratch);
+    else sparse_rows<uint16_t>(part, first, blocks, x, count, sums, scratch);
+}
+
+// sums [R, lanes] += R of the V rows of a block, V < 16; x [in, lanes]
 template <class F, int R, class Column>
-inline void sparse_rows(const Part& part, const float* values, const Column* columns, const float* x, float* sums) {
+inline void sparse_lanes(const Part& part, const float* values, const Column* columns, const float* x, float* sums) {
     const int V = part.block;
     F total[R];
     for (int r = 0; r < R; ++r) total[r] = zero<F>();
@@ -135,18 +215,17 @@ inline void sparse_row(const Part& part, const float* values, const Column* colu
     store(sums, fused(all, broadcast<F>(part.gain), load<F>(sums)));
 }
 
-// sums [V * blocks, lanes] += blocks first .. first + blocks, whose `values` decode_lines gave; x [in, lanes]
+// sums [V * blocks, lanes] += blocks first .. first + blocks, V < 16, whose `values` decode_lines gave; x [in, lanes]
 template <class F, class Column>
 void sparse_tile(const Part& part, int64_t first, int64_t blocks, const float* values, const float* x, float* sums) {
-    constexpr int most = DELTASERVE_ROWS;
+    constexpr int most = DELTASERVE_ROWS < 8 ? DELTASERVE_ROWS : 8;
     const int V = part.block, rows = V < most ? V : most;
     const Column* columns = static_cast<const Column*>(part.columns) + first * part.kept;
     for (int64_t b = 0; b < blocks; ++b, columns += part.kept, values += padded(part.a.length))
         for (int v = 0; v < V; v += rows, sums += rows * F::lanes) {
             if (rows == 1) sparse_row<F>(part, values, columns, x, sums);
-            else if (rows == 4) sparse_rows<F, 4>(part, values + v, columns, x, sums);
-            else if (rows == 8) sparse_rows<F, 8>(part, values + v, columns, x, sums);
-            else sparse_rows<F, most>(part, values + v, columns, x, sums);
+            else if (rows == 4) sparse_lanes<F, 4>(part, values + v, columns, x, sums);
+            else sparse_lanes<F, most>(part, values + v, columns, x, sums);
         }
 }
 

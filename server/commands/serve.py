@@ -1,5 +1,6 @@
 """``deltaserve serve``: load the base and answer over HTTP. Every setting is a flag."""
 
+import gc
 import os
 import signal
 import socket
@@ -36,6 +37,8 @@ def command(**flags: Any) -> None:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
+                gc.collect()
+                gc.freeze()  # modules and the model stay to the end: going over them is what a collection would cost
                 typer.echo(curl_line(settings, listener.getsockname()[1], encoder=is_encoder(app.state.engine)))
 
     configure(settings.log_level, settings.log_format)

@@ -122,6 +122,28 @@ def test_layers_with_one_input_equal_base_plus_deltas_plus_biases(
         assert torch.equal(y, base)
 
 
+@cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [60, 700])  # a wide x shortens the passes
+def test_a_long_batch_gets_base_and_deltas_in_several_passes(backend, width, dtype):
+    rng = torch.Generator().manual_seed(4)
+    weight = random_weight(rng, str(dtype).removeprefix("torch."), 69, width, bias=False)
+    layers, dense = backend.layers([weight], 3), []
+    several = ["sparse", "low_rank", "rows", "dense"]
+    for slot, (kinds, block) in enumerate(((["sparse"], 16), (several, 32), (["sparse"], 4))):
+        delta, meaning = random_delta(rng, kinds, 69, width, block, "int2")
+        layers.install(0, slot, backend.prepare(delta))
+        dense.append(meaning)
+    lengths, owners = [1, 40, 70, 5, 2, 64, 30, 1, 9], [0, 1, 2, BASE, 1, 0, 1, 2, 0]
+    owner = [slot for length, slot in zip(lengths, owners, strict=True) for _ in range(length)]
+    x = (torch.randn(len(owner), width, generator=rng) / width**0.5).to(dtype)
+    expected = expected_product(x, weight)
+    for row, slot in enumerate(owner):
+        expected[row] += 0 if slot == BASE else dense[slot] @ x[row].double()
+    (y,) = backend.linear(x, layers, Segments.of(lengths, owners))
+    assert_close(y, expected, dtype, "y")
+
+
 @backends
 def test_a_wider_y_keeps_its_columns_and_gets_the_added_rows_of_a_delta(backend):
     rng = torch.Generator().manual_seed(3)
