@@ -27,7 +27,7 @@ from deltaserve.delta_store.profile import file_name, profile_folder
 from deltaserve.server.bench import cost_table
 from deltaserve.server.bench.client import Record
 from deltaserve.server.bench.cost_table import Case, Costs
-from deltaserve.server.bench.engine_load import PROMPT_TOKENS, Load, answer, ask, drive, random_ids
+from deltaserve.server.bench.engine_load import PROMPT_TOKENS, Load, answer, ask, drive, random_ids, warm
 from deltaserve.server.bench.invented import invent
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.limits import EngineLimits
@@ -122,6 +122,8 @@ def _repeat(plan: Plan, repeat: int, cases: dict[Case, Load], engines: Engines, 
     records = {}
     for done, case in enumerate(order):
         show(stage, done, len(order) + 1)
+        if case.what != cost_table.ROTATION:  # which has left other variants in memory than these
+            asyncio.run(warm(cases[case], plan.seed + repeat))
         records[case] = asyncio.run(drive(cases[case], plan.max_tokens, plan.seed + repeat))
     show(stage, len(order), len(order) + 1)
     return Repeat(

@@ -11,6 +11,8 @@ from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.requests import Sampling, Version
 
 PROMPT_TOKENS = 32
+WARM_SEED = 1 << 40
+"""Far from those of the prompts that are measured, which have 32 bits."""
 ROUNDS = 2
 """Requests of each client; a client alone sends twice as many."""
 
@@ -39,6 +41,13 @@ async def drive(load: Load, max_tokens: int, seed: int) -> list[Record]:
         for _ in range(load.clients):
             clients.create_task(one_client())
     return records
+
+
+async def warm(load: Load, seed: int) -> None:
+    """One short request of each variant that the load's clients ask for first, so that no measured one waits for it."""
+    versions = {version.digest: version for version in map(load.version, range(load.clients)) if version is not None}
+    for number, version in enumerate(versions.values()):
+        await ask(load.engine, random_ids(load.engine, WARM_SEED + load.clients * seed + number), version, max_tokens=1)
 
 
 async def ask(engine: Engine, prompt: list[int], version: Version | None, max_tokens: int) -> Record:

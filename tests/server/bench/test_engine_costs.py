@@ -1,6 +1,8 @@
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running_server import artifact
@@ -13,8 +15,11 @@ from deltaserve.server.bench import engine_costs
 from deltaserve.server.bench.client import Outcome, Record
 from deltaserve.server.bench.cost_table import BASE, BESIDE, DISTINCT, MERGED, ROTATION, SWAPPED, UNSWAPPED, Case, Costs
 from deltaserve.server.bench.engine_costs import Plan, measure
+from deltaserve.server.bench.engine_load import Load
 from deltaserve.server.bench.invented import invent
 from deltaserve.server.cli import app
+from deltaserve.server.engine.requests import Version
+from deltaserve.server.engine.wrapped import VersionDeltas
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,30 @@ def test_wrong_answers_are_not_timed(base: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(engine_costs, "merge", lambda base, artifact, out, *rest: save(tiny_llama(), out, vocab=64))
     with pytest.raises(DeltaServeError, match="differ from its merged model's"):
         measure(plan(base, wrong))
+
+
+def test_only_rotation_loads_variants_while_it_is_measured(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More variants rotate than fit, so that any case after it would begin with loads of its own."""
+    loaded: list[str] = []
+    during: dict[bool, list[str]] = {True: [], False: []}
+    loader, drive = engine_costs._loader, engine_costs.drive
+
+    def watched(*args: Any) -> Callable[[Version], VersionDeltas]:
+        load = loader(*args)
+        return lambda version: loaded.append(version.variant) or load(version)  # type: ignore[func-returns-value]
+
+    async def measured(load: Load, *args: int) -> list[Record]:
+        asked = {load.version(number) for number in range(2 * load.clients)}
+        loaded.clear()
+        records = await drive(load, *args)
+        during[len(asked) > load.clients] += loaded
+        return records
+
+    monkeypatch.setattr(engine_costs, "_loader", watched)
+    monkeypatch.setattr(engine_costs, "drive", measured)
+    measure(replace(plan(base), minutes=5))
+    assert during[False] == []
+    assert during[True]
 
 
 def test_missing_artifact_is_named(base: Path) -> None:
