@@ -95,7 +95,7 @@ struct Tile {
     const int32_t* rows;
     int32_t count;
     int32_t lanes;
-    const float* x;
+    float* x;
     int64_t stride;
     float* inputs[MAX_PARTS];
 };

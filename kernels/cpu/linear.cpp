@@ -195,7 +195,7 @@ class Wave {
 
     void pack(const Tile& tile, int64_t from) const {
         const int64_t end = std::min(from + PACK_COLUMNS, x.width);
-        if (packs_x(tile)) operations.pack(tile, x, nullptr, from, end, const_cast<float*>(tile.x));
+        if (packs_x(tile)) operations.pack(tile, x, nullptr, from, end, tile.x);
         for (int64_t p = 0; p < tile.delta->count; ++p)
             if (packs_products(tile, p))
                 operations.pack(tile, x, tile.delta->parts[p].factors, from, end, tile.inputs[p]);
