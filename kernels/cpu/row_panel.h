@@ -61,13 +61,14 @@ void add_parts(const RowPanel& panel) {
 void add_by_rows(const Tile& tile, int64_t from, int64_t to, const Matrix& y, float* scratch) {
     RowPanel panel(tile, from, to, scratch + MAX_TILE_ROWS * PANEL);
     for (int t = 0; t < tile.count; ++t) panel.x[t] = tile.x + tile.rows[t] * tile.stride;
+    const int64_t most = tile.count == 1 ? MAX_TILE_ROWS * PANEL : PANEL; // so many sums of each row fit into scratch
     for (; panel.from < to; panel.from = panel.to) {
-        panel.to = least(panel.from + PANEL, to);
+        panel.to = least(panel.from + most, to);
         const int64_t rows = panel.to - panel.from;
         const bool in_place = adds_in_place(*tile.delta, rows, y);
         for (int t = 0; t < tile.count; ++t)
             panel.sums[t] = in_place ? row_of<float>(y, tile.rows[t]) + panel.from : scratch + t * PANEL;
-        if (!in_place) memset(scratch, 0, tile.count * PANEL * sizeof(float));
+        if (!in_place) memset(scratch, 0, tile.count * most * sizeof(float));
         add_parts(panel);
         if (in_place) continue;
         with_dtype(y.dtype, [&](auto* type) {

@@ -8,71 +8,67 @@
 namespace deltaserve {
 namespace {
 
-// Some columns of a block, V >= 16: total[i] += chunk i of their values times scale * x[column] (* its factor). Every other
-// column has a chain of sums of its own, which hides the latency of the addition.
-template <Codec C, int across, bool has_factors, class Column>
-inline const uint8_t* add_columns(const uint8_t* values, const Column* columns, int64_t count, float scale, const float* x, const float* factors,
-                                  F16 (&total)[across][2]) {
-    auto column = [&](int64_t k, int chain) {
-        float input = x[columns[k]];
-        if constexpr (has_factors) input *= factors[columns[k]];
-        if constexpr (has_scales<C>) input *= scale;
-        const F16 inputs = broadcast<F16>(input);
-        UNROLLED for (int i = 0; i < across; ++i, values += chunk_bytes<C>)
-            total[i][chain] = fused(decode<C>(values), inputs, total[i][chain]);
-    };
-    int64_t k = 0;
-    for (; k + 1 < count; k += 2) {
-        column(k, 0);
-        column(k + 1, 1);
-    }
-    if (k < count) column(k, 0);
-    return values;
-}
-
-// The same where a column's chunks differ in their scales.
-template <Codec C, int across, class Column>
-inline void add_scaled_columns(const uint8_t* values, const Column* columns, int64_t count, Scales& scales, const float* x,
-                               const float* factors, F16 (&total)[across][2]) {
-    for (int64_t k = 0; k < count; ++k) {
-        const F16 inputs = broadcast<F16>(x[columns[k]] * (factors ? factors[columns[k]] : 1));
-        for (int i = 0; i < across; ++i, values += chunk_bytes<C>)
-            total[i][0] = fused(multiply(decode<C>(values), scales.next(CHUNK)), inputs, total[i][0]);
-    }
-}
-
-// sums[V * b + v] += sum over k of x[columns[b, k]] * values[b, k, v], V >= 16
+// sums[V * b + v] += sum over k of x[columns[b, k]] * values[b, k, v], V >= 16. Column `at` of the part has scale at >> shift.
 template <Codec C, int V, bool has_factors, class Column>
-void sparse_wide(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums) {
+void sparse_wide(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums, int shift) {
     constexpr int across = V / CHUNK;
     const int64_t kept = part.kept;
-    const bool one_scale = !has_scales<C> || part.a.group % V == 0; // each column has one scale, not one a chunk
-    Scales scales(part.a, first);
+    const float* factors = part.factors;
+    const uint16_t* scales = part.a.scales;
     const F16 gain = broadcast<F16>(part.gain);
-    const Column* columns = static_cast<const Column*>(part.columns) + first * kept;
-    for (int64_t b = first; b < first + blocks; ++b, columns += kept, sums += V) {
-        const uint8_t* values = part.a.data + b * part.a.line_bytes;
+    const Column* columns = static_cast<const Column*>(part.columns);
+    const int64_t line_bytes = part.a.line_bytes;
+    const uint8_t* line = part.a.data + first * line_bytes;
+    int64_t at = first * kept;
+    for (int64_t b = first; b < first + blocks; ++b, line += line_bytes, sums += V) {
+        const uint8_t* values = line;
         F16 total[across][2];
         UNROLLED for (int i = 0; i < across; ++i) total[i][0] = total[i][1] = zero<F16>();
-        if (one_scale)
-            for (int64_t k = 0; k < kept;) {
-                int64_t count = kept - k;
-                const float scale = has_scales<C> ? scales.shared(V, count) : 1;
-                values = add_columns<C, across, has_factors>(values, columns + k, count, scale, x, part.factors, total);
-                k += count;
-            }
-        else
-            add_scaled_columns<C>(values, columns, kept, scales, x, part.factors, total);
+        auto column = [&](int chain) {
+            float input = x[columns[at]];
+            if constexpr (has_factors) input *= factors[columns[at]];
+            if constexpr (has_scales<C>) input *= bf16_to_float(scales[at >> shift]);
+            const F16 inputs = broadcast<F16>(input);
+            ++at;
+            UNROLLED for (int i = 0; i < across; ++i, values += chunk_bytes<C>)
+                total[i][chain] = fused(decode<C>(values), inputs, total[i][chain]);
+        };
+        for (int64_t k = kept / 2; k > 0; --k) {
+            column(0);
+            column(1);
+        }
+        if (kept & 1) column(0);
         UNROLLED for (int i = 0; i < across; ++i) {
-            float* at = sums + CHUNK * i;
-            store(at, fused(add(total[i][0], total[i][1]), gain, load<F16>(at)));
+            float* sum = sums + CHUNK * i;
+            store(sum, fused(add(total[i][0], total[i][1]), gain, load<F16>(sum)));
         }
     }
 }
 
+// The same where scales cover other numbers of columns, or parts of one.
+template <Codec C, int V, class Column>
+void sparse_scaled(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums) {
+    Scales scales(part.a, first);
+    const F16 gain = broadcast<F16>(part.gain);
+    const Column* columns = static_cast<const Column*>(part.columns) + first * part.kept;
+    for (int64_t b = first; b < first + blocks; ++b, columns += part.kept, sums += V) {
+        const uint8_t* values = part.a.data + b * part.a.line_bytes;
+        for (int64_t k = 0; k < part.kept; ++k) {
+            const F16 inputs = multiply(gain, broadcast<F16>(x[columns[k]] * (part.factors ? part.factors[columns[k]] : 1)));
+            for (int v = 0; v < V; v += CHUNK, values += chunk_bytes<C>)
+                store(sums + v, fused(multiply(decode<C>(values), scales.next(CHUNK)), inputs, load<F16>(sums + v)));
+        }
+    }
+}
+
+// n where `value` is 2 to the n, else -1
+inline int exponent_of_two(int64_t value) { return value > 0 && !(value & (value - 1)) ? __builtin_ctzll(value) : -1; }
+
 template <Codec C, int V, class Column> void sparse_wide(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums) {
-    if (part.factors) sparse_wide<C, V, true, Column>(part, first, blocks, x, sums);
-    else sparse_wide<C, V, false, Column>(part, first, blocks, x, sums);
+    const int shift = !has_scales<C> ? 0 : part.a.group % V ? -1 : exponent_of_two(part.a.group / V);
+    if (shift < 0) sparse_scaled<C, V, Column>(part, first, blocks, x, sums);
+    else if (part.factors) sparse_wide<C, V, true, Column>(part, first, blocks, x, sums, shift);
+    else sparse_wide<C, V, false, Column>(part, first, blocks, x, sums, shift);
 }
 
 // The same for V < 16: a chunk holds the values of 16 / V columns.
