@@ -68,7 +68,7 @@ void add_by_rows(const Tile& tile, int64_t from, int64_t to, const Matrix& y, fl
         const bool in_place = adds_in_place(*tile.delta, rows, y);
         for (int t = 0; t < tile.count; ++t)
             panel.sums[t] = in_place ? row_of<float>(y, tile.rows[t]) + panel.from : scratch + t * PANEL;
-        if (!in_place) memset(scratch, 0, tile.count * most * sizeof(float));
+        if (!in_place) memset(scratch, 0, tile.count * least(most, (rows + PANEL - 1) / PANEL * PANEL) * sizeof(float));
         add_parts(panel);
         if (in_place) continue;
         with_dtype(y.dtype, [&](auto* type) {
