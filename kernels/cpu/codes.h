@@ -40,14 +40,6 @@ class Scales {
         left -= n - before;
         return blend(before, first, broadcast<F16>(value));
     }
-    // the scale of the next values, n at a time; `count` is cut to how many such times share it. Groups are multiples of n.
-    float shared(int n, int64_t& count) {
-        if (left == 0) refill();
-        if (count > left / n) count = left / n;
-        left -= count * n;
-        return value;
-    }
-
   private:
     void refill() {
         value = bf16_to_float(*next_scale++);
