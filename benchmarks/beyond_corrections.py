@@ -10,7 +10,7 @@ from beyond_parts import WEIGHTED, parts
 from evidence import Row, Subject
 from torch import Tensor
 
-from deltaserve.delta_store.compress import facts_of
+from deltaserve.delta_store.encoding import facts_of
 from deltaserve.delta_store.merge import variant_tensors
 from deltaserve.delta_store.pruning.layer_inputs import look_at_inputs
 from deltaserve.delta_store.pruning.weights import Weight

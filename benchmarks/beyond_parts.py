@@ -9,7 +9,7 @@ from evidence import Row, Subject
 from torch import Tensor
 
 from deltaserve.delta_store.artifact_file import Parts
-from deltaserve.delta_store.compress import facts_of
+from deltaserve.delta_store.encoding import facts_of
 from deltaserve.delta_store.fine_tune import Change
 from deltaserve.delta_store.pruning import whole
 from deltaserve.delta_store.pruning.methods import METHODS

@@ -24,7 +24,7 @@ from deltaserve.delta_store.artifact_file import ArtifactFile, Parts, is_weighte
 from deltaserve.delta_store.calibration import profile_for  # noqa: E402
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from deltaserve.delta_store.codec.artifact import Artifact  # noqa: E402
-from deltaserve.delta_store.compress import Known, encode_parts, facts_of  # noqa: E402
+from deltaserve.delta_store.encoding import Known, encode_parts, facts_of  # noqa: E402
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune  # noqa: E402
 from deltaserve.delta_store.fingerprint import fingerprint  # noqa: E402
 from deltaserve.delta_store.profile import Profile  # noqa: E402

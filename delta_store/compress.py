@@ -6,32 +6,27 @@ and measuring take as much of a model as ``memory`` says (``running/``), measuri
 and word of the vocabulary, tuning q twice that.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.artifact_file import ArtifactFile, Parts, is_weighted
 from deltaserve.delta_store.calibration import BUILT_IN, calibration_samples, profile_for
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
 from deltaserve.delta_store.codec.artifact import Artifact
-from deltaserve.delta_store.codec.parts import Stored
-from deltaserve.delta_store.codec.specs import FactorsSpec, SparseSpec, Spec
-from deltaserve.delta_store.errors import OptionError, UnsupportedCheckpoint
-from deltaserve.delta_store.fine_tune import Change, FineTune, open_fine_tune
+from deltaserve.delta_store.encoding import Count, divisors, encode_parts, facts_of
+from deltaserve.delta_store.errors import OptionError
+from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
-from deltaserve.delta_store.heap import give_back
 from deltaserve.delta_store.lora import is_adapter
-from deltaserve.delta_store.plain_model import embedding_names
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.pruning.methods import KEPT, METHODS, Method
 from deltaserve.delta_store.pruning.methods import method as method_named
 from deltaserve.delta_store.pruning.options import Options, Value
 from deltaserve.delta_store.pruning.tuning import TUNING_TOKENS, divided
 from deltaserve.delta_store.pruning.weights import BaseFacts
-from deltaserve.delta_store.pruning.whole import Encoded, dense, exact_codec
 from deltaserve.delta_store.quality import EVALUATION_TOKENS, Judge, Quality, check_answers, predicts_tokens
 from deltaserve.delta_store.report import plain_dare, report, sizes
 from deltaserve.delta_store.running.memory import AUTO, check_memory, runner_for
@@ -40,14 +35,6 @@ from deltaserve.delta_store.text import Sample, read_samples, tokenizer_of
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
-
-Count = Callable[[int, int], None]
-"""The same within one stage."""
-
-Known = Mapping[str, Parts]
-"""Parts by parameter."""
-
-NOTHING_KNOWN: Known = {}
 
 BUILT_IN_TOKENS = 1024
 """Scored tokens of the built-in prose: enough to see that an artifact is sound; a judgement needs text of its own."""
@@ -237,74 +224,6 @@ def _tuning_samples(settings: Options, text: Path | None, base: Checkpoint, fine
     if settings.judge == "labels" and base.architecture.head is None:
         raise OptionError(f"{base.architecture.name} predicts no tokens, so labels cannot judge it; judge by output")
     return calibration_samples(base, text, TUNING_TOKENS, fine_tune.folder, base.folder)
-
-
-def facts_of(architecture: Architecture, profile: Profile | None) -> BaseFacts:
-    """What methods know of this base."""
-    config = architecture.config.get_text_config(decoder=True)
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    whole_heads = width // heads if heads and width else None
-    return BaseFacts(profile, embedding_names(architecture), getattr(config, "head_dim", None) or whole_heads)
-
-
-def encode_parts(
-    chosen: Method,
-    settings: Options,
-    base: Checkpoint,
-    fine_tune: FineTune,
-    facts: BaseFacts,
-    progress: Count = lambda done, total: None,
-    known: Known = NOTHING_KNOWN,
-) -> Parts:
-    """What stands for the fine-tune under a method, one tensor of it in memory at a time.
-
-    ``known`` is what stands for some of its tensors already.
-    """
-    return list(_encode(chosen, settings, base, fine_tune, facts, progress, known))
-
-
-def _encode(
-    chosen: Method,
-    settings: Options,
-    base: Checkpoint,
-    fine_tune: FineTune,
-    facts: BaseFacts,
-    progress: Count,
-    known: Known,
-) -> Iterator[tuple[str, Spec, Stored]]:
-    for done, change in enumerate(fine_tune.changes()):
-        progress(done, fine_tune.tensor_count)
-        if change.name in known:
-            yield from known[change.name]
-            continue
-        if change.is_whole:
-            yield change.name, *_whole(change)
-            continue
-        _check_shape(change.name, base.shape(base.held_as(change.name)))
-        for spec, part in chosen.function(change, settings, facts):
-            yield change.name, spec, part
-        give_back()
-
-
-def _whole(change: Change) -> Encoded:
-    """All of a tensor that the base lacks, exactly."""
-    values = change.read().fine
-    _check_shape(change.name, tuple(values.shape))
-    return dense(values, exact_codec(values))
-
-
-def _check_shape(name: str, shape: tuple[int, ...]) -> None:
-    if len(shape) not in (1, 2):
-        raise UnsupportedCheckpoint(
-            f"{name} has shape {list(shape)}; only matrices and vectors can be stored, "
-            "so a fine-tune must leave it as it is"
-        )
-
-
-def divisors(parts: Parts) -> tuple[float, float] | None:
-    """The least and the largest q."""
-    found = [spec.divisor for _, spec, _ in parts if isinstance(spec, SparseSpec | FactorsSpec)]
-    return (min(found), max(found)) if found else None
 
 
 def stage_of(progress: Progress, name: str) -> Count:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaserve.delta_store.codec.columns import ColumnWeights, explicit_factors, seeded_columns
 from deltaserve.delta_store.codec.specs import DenseSpec, FactorsSpec, LowRankSpec, RowsSpec, SparseSpec
@@ -67,7 +68,8 @@ def row_group(codec: str, width: int) -> int:
 
 
 def _sparse(delta: Tensor, spec: SparseSpec, columns: Tensor, factors: Tensor) -> Sparse:
-    blocks = torch.nn.functional.pad(delta.float(), (0, 0, 0, spec.padding)).view(spec.blocks, spec.block, -1)
+    whole = pad(delta.float(), (0, 0, 0, spec.padding)) if spec.padding else delta.float()
+    blocks = whole.reshape(spec.blocks, spec.block, -1)
     at = columns.long()[:, None, :].expand(-1, spec.block, -1)
     values = blocks.gather(2, at).transpose(1, 2)
     return Sparse(spec.shape, columns, quantise(values, spec.codec, spec.group, spec.padding), factors)

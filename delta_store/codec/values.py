@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaserve.delta_store.errors import CheckpointError, OptionError
 from deltaserve.kernels.codes import BITS, FLOAT_CODECS, OFFSETS, STEPS, float_codes, pack_bits
@@ -46,10 +47,13 @@ def quantise(values: Tensor, codec: str, group: int, padding: int = 0) -> Codes:
 
 def _quantise(values: Tensor, codec: str, group: int, padding: int) -> Codes:
     groups = _in_groups(values.detach().float(), group)
-    counted = _in_groups(_counted(values, padding), group)
+    counted = _in_groups(_counted(values, padding), group) if padding or len(groups) * group > values.numel() else None
     step = max(1, VALUES_AT_ONCE // group)
     starts = range(0, max(1, len(groups)), step)
-    runs = [_quantise_groups(groups[i : i + step], counted[i : i + step], codec) for i in starts]
+    runs = [
+        _quantise_groups(groups[i : i + step], None if counted is None else counted[i : i + step], codec)
+        for i in starts
+    ]
     codes = torch.cat([codes for codes, _ in runs]).flatten()[: values.numel()]
     scales = torch.cat([scales for _, scales in runs])
     return Codes(codec, tuple(values.shape), pack_bits(codes, codec), scales, group)
@@ -57,7 +61,8 @@ def _quantise(values: Tensor, codec: str, group: int, padding: int) -> Codes:
 
 def _in_groups(values: Tensor, group: int) -> Tensor:
     flat = values.flatten()
-    return torch.nn.functional.pad(flat, (0, -len(flat) % group)).view(-(-len(flat) // group), group)
+    missing = -len(flat) % group
+    return (pad(flat, (0, missing)) if missing else flat).view(-1, group)
 
 
 def _counted(values: Tensor, padding: int) -> Tensor:
@@ -67,39 +72,42 @@ def _counted(values: Tensor, padding: int) -> Tensor:
     return counted
 
 
-def _quantise_groups(f: Tensor, counted: Tensor, codec: str) -> tuple[Tensor, Tensor]:
-    """Integer codes int16 ``[groups, group]`` and scales bfloat16 ``[groups]`` of float32 ``f``."""
-    f = torch.where(counted, f, 0.0)
+def _quantise_groups(f: Tensor, counted: Tensor | None, codec: str) -> tuple[Tensor, Tensor]:
+    """Integer codes int16 ``[groups, group]`` and scales bfloat16 ``[groups]`` of float32 ``f``.
+
+    ``counted``: which values are any, None for all. What fills memory is reused: allocating is slower than computing.
+    """
+    if counted is not None:
+        f = torch.where(counted, f, 0.0)
     absmax = f.abs().amax(1, keepdim=True)
     f = f / torch.where(absmax == 0, 1.0, absmax)
     start = _start(f, counted, codec)
-    codes = torch.zeros_like(f)
     least = torch.full((len(f), 1), math.inf)
+    codes, tried, off = torch.zeros_like(f), torch.empty_like(f), torch.empty_like(f)
+    is_zero, alternating = f == 0, 0.25 - 0.5 * (torch.arange(f.shape[1]) % 2)
     for multiple in CANDIDATES[codec]:
         scale = start * multiple
-        tried = _nearest(f, scale, codec)
-        error = _sum((_levels(tried, codec) * scale - f).square() * counted)
-        codes = torch.where(error < least, tried, codes)
+        torch.div(f, torch.where(scale == 0, 1.0, scale), out=tried)
+        # int2 and sign have no code for zero: zeros alternate between its neighbours, not to add up.
+        torch.where(is_zero, alternating, tried, out=tried)
+        tried.div_(STEPS[codec]).add_(OFFSETS[codec]).round_().clamp_(*RANGES[codec])
+        _levels(tried, codec, out=off).mul_(scale).sub_(f).square_()
+        error = _sum(off if counted is None else off.mul_(counted))
+        torch.where(error < least, tried, codes, out=codes)
         least = torch.minimum(error, least)
-    scales = absmax * _unbiased(f, _levels(codes, codec))
+    scales = absmax * _unbiased(f, _levels(codes, codec, out=off))
     return codes.to(torch.int16), scales.squeeze(1).bfloat16()
 
 
-def _start(f: Tensor, counted: Tensor, codec: str) -> Tensor:
+def _start(f: Tensor, counted: Tensor | None, codec: str) -> Tensor:
     if codec in ("int2", "sign"):
-        return _sum(f.abs()) / _sum(counted.float()).clamp(min=1)
+        count = f.shape[1] if counted is None else _sum(counted.float()).clamp(min=1)
+        return _sum(f.abs()) / count
     return f.abs().amax(1, keepdim=True) / (RANGES[codec][1] - OFFSETS[codec])
 
 
-def _nearest(f: Tensor, scale: Tensor, codec: str) -> Tensor:
-    """Codes as float32. int2 and sign have none for zero: zeros alternate between its neighbours, not to add up."""
-    alternating = 0.25 - 0.5 * (torch.arange(f.shape[1]) % 2)
-    multiples = torch.where(f == 0, alternating, f / torch.where(scale == 0, 1.0, scale))
-    return (multiples / STEPS[codec] + OFFSETS[codec]).round().clamp(*RANGES[codec])
-
-
-def _levels(codes: Tensor, codec: str) -> Tensor:
-    return (codes - OFFSETS[codec]) * STEPS[codec]
+def _levels(codes: Tensor, codec: str, out: Tensor) -> Tensor:
+    return torch.sub(codes, OFFSETS[codec], out=out).mul_(STEPS[codec])
 
 
 def _unbiased(f: Tensor, levels: Tensor) -> Tensor:

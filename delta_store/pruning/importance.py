@@ -6,6 +6,7 @@ product with the delta is the delta's with itself: in each block, or where input
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -49,10 +50,13 @@ def wanda(weight: Weight, options: Options, facts: BaseFacts) -> Iterator[Encode
 
 def _block_energy(matrix: Tensor, spec: SparseSpec) -> Tensor:
     """float32 ``[blocks, in]``: the sum of squares of each block's column."""
-    blocks = pad(matrix, (0, 0, 0, spec.padding)).view(spec.blocks, spec.block, -1)
-    return blocks.square().sum(1)
+    whole = pad(matrix, (0, 0, 0, spec.padding)) if spec.padding else matrix
+    return whole.reshape(spec.blocks, spec.block, -1).square().sum(1)
 
 
 def _largest(energy: Tensor, kept: int) -> Tensor:
     """int64 ``[blocks, kept]``, ascending; of equals those to the left, on every machine."""
-    return energy.argsort(stable=True, dim=1, descending=True)[:, :kept].sort(1).values
+    least = torch.from_numpy(np.partition(energy.numpy(), -kept, axis=1)[:, -kept, None])  # torch's sorts all of them
+    larger, equal = energy > least, energy == least
+    fits = equal.cumsum(1) <= kept - larger.sum(1, keepdim=True)
+    return (larger | equal & fits).nonzero()[:, 1].view(-1, kept)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deltaserve.delta_store.artifact_file import ArtifactFile, Parts, is_weighted
 from deltaserve.delta_store.checkpoint import Checkpoint
-from deltaserve.delta_store.compress import Known, encode_parts, facts_of
+from deltaserve.delta_store.encoding import Known, encode_parts, facts_of
 from deltaserve.delta_store.fine_tune import FineTune
 from deltaserve.delta_store.profile import Profile
 from deltaserve.delta_store.pruning.methods import method

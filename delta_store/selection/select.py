@@ -22,10 +22,10 @@ from deltaserve.delta_store.compress import (
     Receipt,
     check_fits,
     check_output,
-    facts_of,
     method_for,
     stage_of,
 )
+from deltaserve.delta_store.encoding import facts_of
 from deltaserve.delta_store.errors import OptionError, ToleranceMissed
 from deltaserve.delta_store.fine_tune import FineTune, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint

@@ -8,8 +8,8 @@ import torch
 
 from deltaserve.delta_store.artifact_file import ArtifactFile
 from deltaserve.delta_store.checkpoint import Checkpoint, open_checkpoint
-from deltaserve.delta_store.compress import encode_parts, facts_of
 from deltaserve.delta_store.delta import TensorDelta
+from deltaserve.delta_store.encoding import encode_parts, facts_of
 from deltaserve.delta_store.fine_tune import Change, open_fine_tune
 from deltaserve.delta_store.fingerprint import fingerprint
 from deltaserve.delta_store.pruning.methods import method
