@@ -47,9 +47,8 @@ def encode_parts(
 
     ``known`` is what stands for some of its tensors already.
     """
-
     result: Parts = []
-    enough = max(prod(base.shape(name)) for name in base.names)  # of freed values, to give their memory back
+    enough = max(prod(base.shape(name)) for name in base.names)  # values read; giving memory back costs page faults
     freed = 0
     for done, change in enumerate(fine_tune.changes()):
         progress(done, fine_tune.tensor_count)

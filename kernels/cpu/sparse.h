@@ -10,7 +10,7 @@ namespace {
 
 // sums[V * b + v] += sum over k of x[columns[b, k]] * values[b, k, v], V >= 16. Column `at` of the part has scale at >> shift.
 template <Codec C, int V, bool has_factors, class Column>
-void sparse_wide(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums, int shift) {
+void sparse_shifted(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums, int shift) {
     constexpr int across = V / CHUNK;
     const int64_t kept = part.kept;
     const float* factors = part.factors;
@@ -67,8 +67,8 @@ inline int exponent_of_two(int64_t value) { return value > 0 && !(value & (value
 template <Codec C, int V, class Column> void sparse_wide(const Part& part, int64_t first, int64_t blocks, const float* x, float* sums) {
     const int shift = !has_scales<C> ? 0 : part.a.group % V ? -1 : exponent_of_two(part.a.group / V);
     if (shift < 0) sparse_scaled<C, V, Column>(part, first, blocks, x, sums);
-    else if (part.factors) sparse_wide<C, V, true, Column>(part, first, blocks, x, sums, shift);
-    else sparse_wide<C, V, false, Column>(part, first, blocks, x, sums, shift);
+    else if (part.factors) sparse_shifted<C, V, true, Column>(part, first, blocks, x, sums, shift);
+    else sparse_shifted<C, V, false, Column>(part, first, blocks, x, sums, shift);
 }
 
 // The same for V < 16: a chunk holds the values of 16 / V columns.

@@ -136,15 +136,16 @@ class WrappedModel:
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UnsupportedArtifact for deltas of these names and shapes that do not fit the model."""
-        if unknown := sorted(shapes.keys() - self.shapes.keys()):
+        differing = {name: shape for name, shape in shapes.items() if self.shapes.get(name) != shape}
+        if unknown := sorted(differing.keys() - self.shapes.keys()):
             raise UnsupportedArtifact(
                 f"No layer of this base can take a delta of {', '.join(unknown[:5])}{' ...' if unknown[5:] else ''} "
                 f"({len(unknown)} of {len(shapes)} tensors): these parameters or their kind of layer are not supported"
             )
-        for name, shape in shapes.items():
+        for name, shape in differing.items():
             own = self.shapes[name]
             grows = name in (self._embedding, self._head) and shape[0] > own[0] and shape[1:] == own[1:]
-            if shape != own and not grows:
+            if not grows:
                 raise UnsupportedArtifact(
                     f"The delta of {name} has shape {list(shape)}, the base's parameter {list(own)}"
                 )
