@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 LAYERS = 22
 
-SLACK = 44 << 20
+SLACK = 48 << 20
 """For what the interpreter and the allocator keep, and for pages of the mapped files."""
 
 BEGIN = """
