@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 LAYERS = 22
 
-SLACK = 48 << 20
+SLACK = 44 << 20
 """For what the interpreter and the allocator keep, and for pages of the mapped files."""
 
 BEGIN = """
@@ -131,5 +131,6 @@ def test_measuring_400_megabytes_by_layers_needs_two_of_them(pair: Pair) -> None
 
 
 def test_tuning_400_megabytes_by_layers_needs_two_of_them(pair: Pair) -> None:
+    allowed = 2 * pair.layer + SLACK + (4 << 20)  # both models' layers come and go, of which the allocator keeps more
     used = peak(pair.folder, TUNE)
-    assert used < 2 * pair.layer + SLACK, (used, 2 * pair.layer + SLACK)
+    assert used < allowed, (used, allowed)
