@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class Profile:
     base: str
     vectors: Mapping[str, Tensor]
     vector_of: Mapping[str, str]
+    _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "Profile":
@@ -82,8 +83,14 @@ class Profile:
         return name in self.vector_of
 
     def weights(self, name: str) -> Tensor:
-        """int64 ``[in]``, each at least 16: the weights of the input columns of parameter ``name``, which is in it."""
-        return torch.from_numpy(WEIGHTS[self.vectors[self.vector_of[name]].numpy()])
+        """int64 ``[in]``, each at least 16: the weights of the input columns of parameter ``name``, which is in it.
+
+        Remembered, since every load of a variant asks for all of them; not to be written to.
+        """
+        vector = self.vector_of[name]
+        if (weights := self._weights.get(vector)) is None:
+            weights = self._weights[vector] = torch.from_numpy(WEIGHTS[self.vectors[vector].numpy()])
+        return weights
 
 
 def write_profile(

@@ -98,7 +98,7 @@ class Judge:
     def _beside_wanted(self, model: Any, sample: Sample) -> Tensor:
         wanted, given = self._wanted[sample], outputs(model, sample)
         missing = wanted.shape[1] - given.shape[1]  # tokens that the base lacks: to it they are impossible
-        return compare(wanted, pad(given, (0, missing), value=-inf), targets(sample))
+        return compare(wanted, pad(given, (0, missing), value=-inf) if missing else given, targets(sample))
 
 
 def quality_of(rows: Tensor, base: Tensor | None) -> Quality:

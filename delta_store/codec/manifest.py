@@ -1,6 +1,7 @@
 """The manifest: what an artifact says about itself, as JSON in its file's header."""
 
 import json
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -62,8 +63,15 @@ def parse(text: str) -> Manifest:
             raise UnsupportedArtifact(
                 f"it has format version {version}, known are up to {FORMAT_VERSION}; upgrade deltaserve"
             )
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         message = f"its manifest is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise (UnsupportedArtifact if first["type"] in NEWER else CorruptArtifact)(message) from error
+    return manifest.model_copy(update={"parts": tuple(map(_only_one, manifest.parts))})
+
+
+@lru_cache(maxsize=4096)
+def _only_one(spec: Spec) -> Spec:
+    """One object for all equal specifications: caches by specification then need not compare fields, which is slow."""
+    return spec

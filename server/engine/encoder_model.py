@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.errors import UnsupportedArtifact
 from deltaserve.kernels import reference
+from deltaserve.kernels.cpu import huge_pages
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
 from deltaserve.server.engine import encoder_form
@@ -99,6 +100,7 @@ class WrappedEncoder:
                     self._layers[path] = module, parameter
                 else:
                     self._others[path] = values
+        huge_pages.move(body.parameters())
         self._own = {name: parameter.data for name, parameter in self._others.items()}
         for family in families:
             if united := [module for module in family if isinstance(module, DeltaLinear)]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaserve.delta_store.errors import UnsupportedArtifact
+from deltaserve.kernels.cpu import huge_pages
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta, Sparse
 from deltaserve.server.engine.blocks import stack
@@ -102,6 +103,7 @@ class WrappedModel:
                 module.quantise()
             for parameter, _ in module.named_parameters():
                 self._layers[f"{name}.{parameter}"] = (module, parameter)
+        huge_pages.move(model.parameters())
         for family in families:
             unite(family, slots, backend, copies=kept == "packed")
         self.is_stacked = kept != "packed" and stack(model, routing.body, backend)
