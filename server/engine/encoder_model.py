@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from deltaserve.delta_store.architecture import Architecture
 from deltaserve.delta_store.errors import UnsupportedArtifact
 from deltaserve.kernels import reference
-from deltaserve.kernels.cpu import huge_pages
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta
-from deltaserve.server.engine import encoder_form
+from deltaserve.server.engine import encoder_form, huge_pages
 from deltaserve.server.engine.encoder_head import Head, is_classifier
 from deltaserve.server.engine.layers import DeltaLayer, DeltaLinear, Prepared, become, twin_of, unite
 from deltaserve.server.engine.routing import Rows

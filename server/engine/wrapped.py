@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaserve.delta_store.errors import UnsupportedArtifact
-from deltaserve.kernels.cpu import huge_pages
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.parts import Delta, Sparse
+from deltaserve.server.engine import huge_pages
 from deltaserve.server.engine.blocks import stack
 from deltaserve.server.engine.layers import (
     DeltaEmbedding,

@@ -13,19 +13,23 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from deltaserve.delta_store.heap import give_back
 from deltaserve.kernels.cpu.memory import PRIVATE
 
 HUGE_BYTES = 2 << 20
 ALIGNMENT = 64
+GIVEN_BACK_BYTES = 64 << 20
+"""So much is left behind in the old place before the system has it back."""
 
 
+@torch.no_grad()
 def move(tensors: Iterable[Tensor]) -> None:
     """Move these tensors' numbers there: each stays the tensor that it is, in shape, strides and values.
 
-    Those that were one in memory still are. Takes the memory of all of them until the old is let go, one by one.
+    Those that were one in memory still are. What they leave is given back on the way.
     """
     held = [tensor for tensor in tensors if tensor.device.type == "cpu" and _is_dense(tensor)]
-    region, taken = _region(sum(_aligned(tensor.nbytes) for tensor in held)), 0
+    region, taken, left = _region(sum(_aligned(tensor.nbytes) for tensor in held)), 0, 0
     moved: dict[tuple[object, ...], Tensor] = {}
     for tensor in held:
         key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
@@ -34,6 +38,11 @@ def move(tensors: Iterable[Tensor]) -> None:
             moved[key] = place.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
             taken += _aligned(tensor.nbytes)
         tensor.data = moved[key]
+        left += tensor.nbytes
+        if left >= GIVEN_BACK_BYTES:
+            give_back()
+            left = 0
+    give_back()
 
 
 def _region(nbytes: int) -> Tensor:

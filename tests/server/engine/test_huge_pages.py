@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaserve.kernels.cpu import huge_pages
+from deltaserve.server.engine import huge_pages
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
