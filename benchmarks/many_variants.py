@@ -38,7 +38,7 @@ class Served:
 
     def stop(self) -> None:
         """End it, and those of its processes that it leaves behind."""
-        processes = self._processes() if self.process.poll() is None else []
+        processes = self.processes() if self.process.poll() is None else []
         self.process.terminate()
         try:
             self.process.wait(timeout=30)
@@ -49,7 +49,8 @@ class Served:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """The server's own and those that it started."""
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
 

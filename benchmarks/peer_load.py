@@ -1,8 +1,8 @@
-"""How peers.py loads the servers that it compares, in turns: whoever is not asked idles."""
+"""How peers.py loads the servers that it compares, in turns: whoever is not asked is stopped."""
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -40,7 +40,8 @@ def compared(contestants: Sequence[Contestant], concurrency: Sequence[int], repe
     for repeat in range(repeats):
         for clients in concurrency:
             for contestant in contestants[:: -1 if repeat % 2 else 1]:
-                found = measure(contestant, clients, seed=100 * repeat + clients)  # no prompt is asked twice
+                with alone(contestant, contestants):
+                    found = measure(contestant, clients, seed=100 * repeat + clients)  # no prompt is asked twice
                 measured.setdefault((contestant.system, clients), []).append(found)
                 what = f"  {contestant.system}, {clients} concurrent, repeat {repeat + 1} of {repeats}"
                 print(f"{what}: {found[0]:.1f} tokens/s, TTFT {found[1]:.0f} ms", flush=True)
@@ -56,6 +57,21 @@ def compared(contestants: Sequence[Contestant], concurrency: Sequence[int], repe
         }
         for (system, clients), rows in measured.items()
     ]
+
+
+@contextmanager
+def alone(asked: Contestant, contestants: Sequence[Contestant]) -> Iterator[None]:
+    """All other servers stand still: vLLM looks for work with 0.4 of a core for seconds after its last answer."""
+    own = {server.url for server, _ in asked.models}
+    others = {server.url: server for one in contestants for server, _ in one.models if server.url not in own}
+    processes = [process for server in others.values() for process in server.processes()]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def warm(contestant: Contestant) -> None:

