@@ -45,10 +45,15 @@ SETTINGS: dict[str, tuple[str, dict[str, Value]]] = {
         {"drop": 0.91, "linear_rank": 2, **ONE_BIT},
     ),
     "weighted p=0.855 V=1 1 bit, tasks' profile": ("weighted", {"drop": 0.855, **ONE_BIT}),
+    "weighted p=0.855 V=1 1 bit, tasks' profile, best of 4 draws": ("weighted", {"drop": 0.855, **ONE_BIT}),
     "weighted p=0.855 V=1 1 bit": ("weighted", {"drop": 0.855, **ONE_BIT}),
     "weighted p=0.95 V=1 int2, rank 2": ("weighted", {"drop": 0.95, "block": 1, "codec": "int2", "rank": 2}),
 }
-"""At 150 times smaller. The tasks' profile is of training texts of all four; otherwise it is of built-in text."""
+"""At 150 times smaller. The tasks' profile is of training texts of all four; otherwise it is of built-in text. The best
+of four draws, four others for each seed, is chosen by its KL on the calibration split, without labels.
+"""
+
+DRAWS = 4
 
 PROFILE_TEXTS = 60
 """Of each task, for the tasks' profile."""
@@ -78,7 +83,8 @@ def main() -> None:
             for seed in SEEDS:
                 key = {"row": row, "task": task.name, "setting": setting, "seed": seed}
                 profile = tasks_profile(args.folder) if "tasks' profile" in setting else None
-                rows.once(key, partial(task.measure, method, {**options, "seed": seed}, profile))
+                draws = range(seed * DRAWS, (seed + 1) * DRAWS) if "draws" in setting else range(seed, seed + 1)
+                rows.once(key, partial(task.best, method, options, profile, draws))
     rows.end(goals(rows.rows))
     plot(rows)
 
@@ -87,7 +93,7 @@ class Task:
     """A fine-tune and a split's texts, with the full fine-tune's log-probabilities of them."""
 
     def __init__(self, name: str, folder: Path, split: str) -> None:
-        self.name = name
+        self.name, self.split = name, split
         self.folder = folder
         self.base: Checkpoint = open_checkpoint(encoder_folder())
         self.fine_tune: FineTune = open_fine_tune(folder, self.base)
@@ -112,6 +118,14 @@ class Task:
 
     def accuracy(self, scores: Tensor) -> float:
         return (scores.argmax(1) == self.labels).double().mean().item()
+
+    def best(self, method: str, options: dict[str, Value], profile: Path | None, draws: range) -> Row:
+        """The one of these draws that is nearest to the full fine-tune on the calibration split."""
+        chosen = draws[0]
+        if len(draws) > 1:
+            judge = self if self.split == "calibration" else Task(self.name, self.folder, "calibration")
+            chosen = min(draws, key=lambda seed: judge.measure(method, {**options, "seed": seed}, profile)["kl"])
+        return {"draw": chosen} | self.measure(method, {**options, "seed": chosen}, profile)
 
     def measure(self, method: str, options: dict[str, Value], profile: Path | None) -> Row:
         with tempfile.TemporaryDirectory() as folder:
