@@ -169,7 +169,7 @@ def predictions(model: Any, tokenizer: Any, texts: list[Labelled]) -> Tensor:
 
 
 def goals(rows: list[Row]) -> list[Row]:
-    """For each task the setting of at least ``RATIO`` that loses least: its median over the seeds, and its worst."""
+    """For each task the setting of at least ``RATIO`` whose worst seed loses least, and the median over the seeds."""
     found = []
     for task in SNIPPETS:
         lost: dict[str, list[float]] = {}
@@ -178,10 +178,12 @@ def goals(rows: list[Row]) -> list[Row]:
                 lost.setdefault(row["setting"], []).append(row["points_lost"])
         if not lost:
             continue
-        best = min(lost, key=lambda setting: statistics.median(lost[setting]))
-        name = f"{task}: accuracy lost at {RATIO} times smaller or more"
-        more = {"setting": best, "seeds": len(lost[best]), "worst": max(lost[best])}
-        found.append(goal(name, statistics.median(lost[best]), POINTS, "lower", "points", **more))
+        best = min(
+            (setting for setting in lost if len(lost[setting]) == len(SEEDS)), key=lambda setting: max(lost[setting])
+        )
+        name = f"{task}: accuracy lost at {RATIO} times smaller or more, worst seed"
+        more = {"setting": best, "seeds": len(lost[best]), "median": statistics.median(lost[best])}
+        found.append(goal(name, max(lost[best]), POINTS, "lower", "points", **more))
     return found
 
 
