@@ -98,7 +98,10 @@ def test_delta_embedding_equals_the_dense_rows(backend, seed, out, width, block,
 @cases
 def test_unpack_is_the_sum_of_the_parts(seed, out, width, block, codec, kinds, mix, slots, dtype):
     delta, dense = random_delta(torch.Generator().manual_seed(seed), kinds, out, width, block, codec)
-    assert_close(unpack(delta), dense, torch.float32, "delta")
+    parts = torch.stack([unpack(Delta(delta.shape, (part,))).double() for part in delta.parts])
+    size = parts.pow(2).sum(0).mean().sqrt()  # of the parts: where they cancel, their sum is smaller than its rounding
+    error = (unpack(delta).double() - dense).pow(2).mean().sqrt()
+    assert error <= TOLERANCE[torch.float32] * size, f"relative error {float(error / size):.2e}"
 
 
 @backends
