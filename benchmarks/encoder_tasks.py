@@ -176,11 +176,10 @@ def goals(rows: list[Row]) -> list[Row]:
         for row in rows:
             if row["row"] == "setting" and row["task"] == task and row["ratio"] >= RATIO:
                 lost.setdefault(row["setting"], []).append(row["points_lost"])
-        if not lost:
+        whole = [setting for setting in lost if len(lost[setting]) == len(SEEDS)]
+        if not whole:
             continue
-        best = min(
-            (setting for setting in lost if len(lost[setting]) == len(SEEDS)), key=lambda setting: max(lost[setting])
-        )
+        best = min(whole, key=lambda setting: max(lost[setting]))
         name = f"{task}: accuracy lost at {RATIO} times smaller or more, worst seed"
         more = {"setting": best, "seeds": len(lost[best]), "median": statistics.median(lost[best])}
         found.append(goal(name, max(lost[best]), POINTS, "lower", "points", **more))

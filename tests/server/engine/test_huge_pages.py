@@ -56,8 +56,10 @@ def test_a_system_without_huge_pages_has_the_same_tensors(monkeypatch: pytest.Mo
 )
 def test_pages_are_huge() -> None:
     weights = [torch.ones(1 << 20) for _ in range(8)]  # 4 MB each
+    old = [weight.detach() for weight in weights]  # which may lie in huge pages, too, and stay where they are
     before = huge_bytes()
     huge_pages.move(weights)
+    assert all(there.data_ptr() != weight.data_ptr() for there, weight in zip(old, weights, strict=True))
     assert huge_bytes() - before >= 16 << 20, "half of them: the system may be short of the others"
 
 
